@@ -1,0 +1,48 @@
+"""Everything of a dense model that is not its FFNs, in the terms in which a MoE type can or cannot express it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Norm = Literal["rmsnorm", "rmsnorm_plus_one", "layernorm", "layernorm_plus_one", "layernorm_without_weights"]
+NormPlacement = Literal["pre", "post", "sandwich"]
+QkNorm = Literal["none", "head", "full"]
+AttentionBias = Literal["none", "qkv", "qkvo"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """What attention, norms, positions and embeddings do.
+
+    Attributes:
+        norm: kind of the layers' norm.
+        norm_placement: before the block, after it, or both.
+        qk_norm: norm of queries and keys: none, per head, or over all heads together.
+        attention_bias: which projections have a bias.
+        windows: sliding window of each layer in tokens, 0 where attention is full.
+        extras: features that no native MoE type has, each in words.
+    """
+
+    norm: Norm = "rmsnorm"
+    norm_placement: NormPlacement = "pre"
+    qk_norm: QkNorm = "none"
+    attention_bias: AttentionBias = "none"
+    windows: tuple[int, ...]
+    extras: tuple[str, ...] = ()
+
+
+def layer_windows(config: Any) -> tuple[int, ...]:
+    """Sliding window of each layer in tokens (0 = full attention) of a transformers configuration."""
+    window = getattr(config, "sliding_window", None) or 0
+    layers = config.num_hidden_layers
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
+        return tuple(window if kind == "sliding_attention" else 0 for kind in layer_types)
+    return (window,) * layers
+
+
+def rope_extras(config: Any) -> tuple[str, ...]:
+    """The rotary features that no native MoE type reads."""
+    factor = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+    return (f"partial_rotary_factor={factor}",) if factor != 1.0 else ()

@@ -1,0 +1,26 @@
+"""Gemma 1: norm weights stored minus one, embeddings scaled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from upcycle.arch.backbone import Backbone
+from upcycle.arch.families.common import EMBEDDING_AND_NORM, PRE_NORM, QKVO, QKVO_BIAS
+from upcycle.arch.family import Family
+
+def backbone(config: Any) -> Backbone:
+    return Backbone(
+        norm="rmsnorm_plus_one",
+        attention_bias="qkvo" if config.attention_bias else "none",
+        windows=(0,) * config.num_hidden_layers,
+        extras=("embeddings scaled by sqrt(hidden_size)",),
+    )
+
+
+FAMILY = Family(
+    model_type="gemma",
+    outer=EMBEDDING_AND_NORM,
+    per_layer={**QKVO, **PRE_NORM},
+    optional={"attention_bias": QKVO_BIAS},
+    backbone=backbone,
+)

@@ -1,0 +1,26 @@
+"""Llama and everything that uses its layout: SmolLM, TinyLlama, Yi."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from upcycle.arch.backbone import Backbone, layer_windows, rope_extras
+from upcycle.arch.families.common import EMBEDDING_AND_NORM, PRE_NORM, QKVO, QKVO_BIAS
+from upcycle.arch.family import Family, Ffn
+
+def backbone(config: Any) -> Backbone:
+    return Backbone(
+        attention_bias="qkvo" if config.attention_bias else "none",
+        windows=(0,) * config.num_hidden_layers,
+        extras=rope_extras(config),
+    )
+
+
+FAMILY = Family(
+    model_type="llama",
+    ffn=Ffn(bias="mlp_bias"),
+    outer=EMBEDDING_AND_NORM,
+    per_layer={**QKVO, **PRE_NORM},
+    optional={"attention_bias": QKVO_BIAS},
+    backbone=backbone,
+)

@@ -1,0 +1,27 @@
+"""Nemotron 3/4 (Minitron): squared ReLU without a gate, LayerNorm with weights stored minus one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from upcycle.arch.backbone import Backbone, rope_extras
+from upcycle.arch.families.common import EMBEDDING_AND_NORM, PRE_NORM, QKVO, QKVO_BIAS
+from upcycle.arch.family import Family, Ffn
+
+def backbone(config: Any) -> Backbone:
+    return Backbone(
+        norm="layernorm_plus_one",
+        attention_bias="qkvo" if config.attention_bias else "none",
+        windows=(0,) * config.num_hidden_layers,
+        extras=rope_extras(config),
+    )
+
+
+FAMILY = Family(
+    model_type="nemotron",
+    ffn=Ffn(gate=None, bias="mlp_bias"),
+    outer={**EMBEDDING_AND_NORM, "model.norm.bias": "H"},
+    per_layer={**QKVO, **PRE_NORM, "input_layernorm.bias": "H", "post_attention_layernorm.bias": "H"},
+    optional={"attention_bias": QKVO_BIAS},
+    backbone=backbone,
+)

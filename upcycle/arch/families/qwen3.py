@@ -1,0 +1,26 @@
+"""Qwen3: queries and keys normalised per head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from upcycle.arch.backbone import Backbone, layer_windows, rope_extras
+from upcycle.arch.families.common import EMBEDDING_AND_NORM, HEAD_QK_NORM, PRE_NORM, QKVO, QKVO_BIAS
+from upcycle.arch.family import Family
+
+def backbone(config: Any) -> Backbone:
+    return Backbone(
+        qk_norm="head",
+        attention_bias="qkvo" if config.attention_bias else "none",
+        windows=layer_windows(config),
+        extras=rope_extras(config),
+    )
+
+
+FAMILY = Family(
+    model_type="qwen3",
+    outer=EMBEDDING_AND_NORM,
+    per_layer={**QKVO, **HEAD_QK_NORM, **PRE_NORM},
+    optional={"attention_bias": QKVO_BIAS},
+    backbone=backbone,
+)

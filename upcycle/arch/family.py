@@ -1,0 +1,207 @@
+"""What a dense family is: a table of tensor names with symbolic shapes, and where its FFN is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from upcycle.arch.backbone import Backbone
+from upcycle.errors import SourceError
+
+Role = Literal["gate", "up", "down"]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows `start` to `stop` (symbolic sizes) of a tensor that holds several matrices one above the other."""
+
+    tensor: str
+    start: str = "0"
+    stop: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ffn:
+    """Where the three matrices of a layer's FFN are.
+
+    Attributes:
+        module: the FFN's module inside the layer.
+        gate: module of the gate matrix, None for an un-gated FFN.
+        up: module of the up matrix; the same as `gate` where both are fused, gate rows first.
+        down: module of the down matrix.
+        bias: config flag that says whether the matrices have biases; True and False are constants.
+        transposed: matrices are stored [in, out] (GPT-2's Conv1D).
+        dropout: config field of a dropout inside the FFN, None where there is none.
+    """
+
+    module: str = "mlp"
+    gate: str | None = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    bias: str | bool = False
+    transposed: bool = False
+    dropout: str | None = None
+
+    @property
+    def fused(self) -> bool:
+        return self.gate == self.up
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return ("gate", "up", "down") if self.gate else ("up", "down")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A dense architecture as data.
+
+    Shapes are products of symbols: H hidden size, F FFN width, V vocabulary, Q all query heads, K all key heads,
+    D one head, P positions; "3*H" and sums such as "Q+2*K" are allowed.
+
+    Attributes:
+        model_type: transformers' name.
+        layer: prefix of a layer's tensors.
+        ffn: the FFN's matrices.
+        embedding: name of the embedding, to which the head is tied if the config says so.
+        outer: tensors outside the layers, without the head.
+        per_layer: tensors of one layer, without the FFN's.
+        optional: more tensors of one layer, by the config flag that turns them on.
+        native_names: what a native MoE type calls parts of fused tensors.
+        activation: config field that names the activation.
+        backbone: describes the rest of the model from its config.
+        ignored: name endings of buffers that old checkpoints carry and no model reads.
+        base_prefix: what the base model's tensors lack when it was saved without its head.
+    """
+
+    model_type: str
+    layer: str = "model.layers.{layer}."
+    ffn: Ffn = field(default_factory=Ffn)
+    embedding: str = "model.embed_tokens.weight"
+    outer: Mapping[str, str]
+    per_layer: Mapping[str, str]
+    optional: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    native_names: Mapping[str, Rows] = field(default_factory=dict)
+    activation: str = "hidden_act"
+    backbone: Callable[[Any], Backbone]
+    ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
+    base_prefix: str = "model."
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseModel:
+    """One dense model: its family with the numbers of its config filled in."""
+
+    family: Family
+    config: Any
+    sizes: Mapping[str, int]
+    backbone: Backbone
+
+    @property
+    def layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.sizes["H"]
+
+    @property
+    def ffn_width(self) -> int:
+        return self.sizes["F"]
+
+    @property
+    def activation(self) -> str:
+        return str(getattr(self.config, self.family.activation))
+
+    @property
+    def ffn_bias(self) -> bool:
+        return self.flag(self.family.ffn.bias)
+
+    @property
+    def tied(self) -> bool:
+        return bool(self.config.tie_word_embeddings)
+
+    def flag(self, name: str | bool) -> bool:
+        return name if isinstance(name, bool) else bool(getattr(self.config, name, False))
+
+    def size(self, expression: str) -> int:
+        """The value of a symbolic size, e.g. "Q+2*K"."""
+        total = 0
+        for term in expression.split("+"):
+            product = 1
+            for factor in term.split("*"):
+                product *= int(factor) if factor.isdigit() else self.sizes[factor]
+            total += product
+        return total
+
+    def shape(self, symbols: str) -> Shape:
+        return tuple(self.size(symbol) for symbol in symbols.split())
+
+    def ffn_tensor(self, layer: int, role: Role, kind: str = "weight") -> str:
+        """Full name of the tensor that holds the matrix (or bias) of a role."""
+        ffn = self.family.ffn
+        return f"{self.family.layer.format(layer=layer)}{ffn.module}.{getattr(ffn, role)}.{kind}"
+
+    def ffn_module(self) -> str:
+        """Path of the FFN's module with `{layer}` left open."""
+        return self.family.layer + self.family.ffn.module
+
+    def ffn_shapes(self) -> Iterator[tuple[str, Shape]]:
+        """Names inside the layer, and shapes as stored, of the FFN's tensors."""
+        ffn, hidden, width = self.family.ffn, self.hidden_size, self.ffn_width
+        rows = {ffn.down: hidden, ffn.up: 2 * width if ffn.fused else width}
+        if ffn.gate and not ffn.fused:
+            rows[ffn.gate] = width
+        for module, out in rows.items():
+            inside = width if module == ffn.down else hidden
+            yield f"{ffn.module}.{module}.weight", (inside, out) if ffn.transposed else (out, inside)
+            if self.ffn_bias:
+                yield f"{ffn.module}.{module}.bias", (out,)
+
+    def backbone_layer_shapes(self) -> dict[str, Shape]:
+        """Names inside the layer and shapes of everything but the FFN."""
+        tables = [self.family.per_layer]
+        tables += [table for flag, table in self.family.optional.items() if self.flag(flag)]
+        return {name: self.shape(symbols) for table in tables for name, symbols in table.items()}
+
+    def outer_shapes(self) -> dict[str, Shape]:
+        shapes = {name: self.shape(symbols) for name, symbols in self.family.outer.items()}
+        if not self.tied:
+            shapes["lm_head.weight"] = (self.sizes["V"], self.hidden_size)
+        return shapes
+
+    def tensors(self) -> dict[str, Shape]:
+        """Every tensor that the model has, with its shape."""
+        inside = {**self.backbone_layer_shapes(), **dict(self.ffn_shapes())}
+        shapes = self.outer_shapes()
+        for layer in range(self.layers):
+            prefix = self.family.layer.format(layer=layer)
+            shapes.update({prefix + name: shape for name, shape in inside.items()})
+        return shapes
+
+
+def describe(family: Family, config: Any) -> DenseModel:
+    """Fill a family's symbols from a transformers configuration.
+
+    Raises:
+        SourceError: the config lacks a size that the family needs.
+    """
+    try:
+        hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+        head = int(getattr(config, "head_dim", None) or hidden // heads)
+        inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+        sizes = {
+            "H": hidden,
+            "F": int(inner),
+            "V": int(config.vocab_size),
+            "D": head,
+            "Q": heads * head,
+            "K": int(getattr(config, "num_key_value_heads", None) or heads) * head,
+            "P": int(config.max_position_embeddings),
+        }
+    except (AttributeError, TypeError) as error:
+        raise SourceError(
+            "config.json lacks a size that the model needs", found=error, remedy="take a complete config.json"
+        ) from error
+    return DenseModel(family=family, config=config, sizes=sizes, backbone=family.backbone(config))

@@ -1,0 +1,174 @@
+"""What a MoE type can express, how it names its tensors, and how its config.json is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from upcycle.arch.backbone import AttentionBias, Norm, NormPlacement, QkNorm
+from upcycle.arch.family import DenseModel
+from upcycle.arch.moe import MoeShape, RouterOrder
+
+Matrix = Literal["gate", "up", "gate_up", "down"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Names of a MoE layer's tensors on disk, inside the layer.
+
+    Attributes:
+        prefix: what precedes every tensor name of the model.
+        router: the router's weight [N, H].
+        experts: matrix -> name; a name with `{expert}` is one tensor per expert, one without is stacked [N, out, in].
+        shared: matrix -> name of the shared expert; empty where the type has none.
+        shared_gate: weight [1, H] of the sigmoid in front of the shared expert; None where there is none.
+        shared_always: the shared expert's tensors exist at width 0 too.
+    """
+
+    prefix: str = ""
+    router: str = "mlp.gate.weight"
+    experts: Mapping[Matrix, str]
+    shared: Mapping[Matrix, str] = field(default_factory=dict)
+    shared_gate: str | None = None
+    shared_always: bool = False
+
+
+def matrices(names: Mapping[Matrix, str], *, gated: bool) -> tuple[Matrix, ...]:
+    """The matrices that a table of names stores for a gated or un-gated FFN."""
+    if not gated:
+        return ("up", "down")
+    return ("gate_up", "down") if "gate_up" in names else ("gate", "up", "down")
+
+
+PER_EXPERT: Mapping[Matrix, str] = {
+    "gate": "mlp.experts.{expert}.gate_proj.weight",
+    "up": "mlp.experts.{expert}.up_proj.weight",
+    "down": "mlp.experts.{expert}.down_proj.weight",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objection:
+    """One field of a request that a MoE type cannot express."""
+
+    field: str
+    found: str
+    expressible: str
+
+    def __str__(self) -> str:
+        return f"{self.field} is {self.found}, it can express {self.expressible}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A MoE type as data; the attributes from `norm` to `dense_layers` say what it can express.
+
+    Attributes:
+        model_type: transformers' name.
+        architecture: transformers' class.
+        norm, norm_placement, qk_norm, attention_bias: as in `Backbone`.
+        windows: sliding windows: none, the same on all layers, or any mixture.
+        router_orders: orders of softmax and top-k.
+        shared: whether it has shared experts.
+        dense_layers: whether some layers may keep their FFN.
+        generic: the type takes any backbone, un-gated FFNs and biases.
+        layout: the names on disk.
+        fields: the fields of config.json that are the type's own.
+    """
+
+    model_type: str
+    architecture: str
+    norm: Norm = "rmsnorm"
+    norm_placement: NormPlacement = "pre"
+    qk_norm: QkNorm = "none"
+    attention_bias: tuple[AttentionBias, ...] = ("none",)
+    windows: Literal["none", "uniform", "mixed"] = "none"
+    router_orders: tuple[RouterOrder, ...] = ("softmax_topk", "topk_softmax")
+    shared: bool = False
+    dense_layers: bool = False
+    generic: bool = False
+    layout: Layout
+    fields: Callable[[DenseModel, MoeShape], dict[str, Any]]
+
+    def objections(self, model: DenseModel, moe: MoeShape) -> tuple[Objection, ...]:
+        """Everything in the request that this type cannot express exactly; empty if it fits."""
+        if self.generic:
+            return ()
+        return (*self._backbone_objections(model), *self._moe_objections(model, moe))
+
+    def _backbone_objections(self, model: DenseModel) -> list[Objection]:
+        backbone, found = model.backbone, []
+        pairs: list[tuple[str, str, tuple[str, ...]]] = [
+            ("norm", backbone.norm, (self.norm,)),
+            ("norm placement", backbone.norm_placement, (self.norm_placement,)),
+            ("query/key norm", backbone.qk_norm, self._equivalent_qk_norms(model)),
+            ("attention bias", backbone.attention_bias, self.attention_bias),
+            ("sliding windows", _window_kind(backbone.windows), _expressible_windows(self.windows)),
+        ]
+        for name, value, allowed in pairs:
+            if value not in allowed:
+                found.append(Objection(field=name, found=value, expressible=" or ".join(allowed)))
+        found += [Objection(field="backbone", found=extra, expressible="no such feature") for extra in backbone.extras]
+        return found
+
+    def _equivalent_qk_norms(self, model: DenseModel) -> tuple[str, ...]:
+        single_head = model.sizes["Q"] == model.sizes["K"] == model.sizes["D"]
+        if single_head and self.qk_norm != "none":
+            return ("head", "full")
+        return (self.qk_norm,)
+
+    def _moe_objections(self, model: DenseModel, moe: MoeShape) -> list[Objection]:
+        checks = [
+            (not model.family.ffn.gate, "FFN", "un-gated", "gated"),
+            (model.ffn_bias, "FFN bias", "present", "none"),
+            (bool(model.family.ffn.dropout), "FFN dropout", "present", "none"),
+            (moe.router_order not in self.router_orders, "router order", moe.router_order, self.router_orders[0]),
+            (moe.shared_experts > 0 and not self.shared, "shared experts", str(moe.shared_experts), "0"),
+            (len(moe.layers) < model.layers and not self.dense_layers, "dense layers", "some", "none"),
+        ]
+        return [Objection(field=name, found=found, expressible=can) for wrong, name, found, can in checks if wrong]
+
+
+def _window_kind(windows: tuple[int, ...]) -> str:
+    if not any(windows):
+        return "none"
+    return "uniform" if len(set(windows)) == 1 else "mixed"
+
+
+def _expressible_windows(widest: str) -> tuple[str, ...]:
+    kinds = ("none", "uniform", "mixed")
+    return kinds[: kinds.index(widest) + 1]
+
+
+CARRIED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "attention_dropout",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+
+
+def native_fields(model: DenseModel) -> dict[str, Any]:
+    """The fields of config.json that every native type takes over from the dense model unchanged."""
+    fields = {name: getattr(model.config, name) for name in CARRIED}
+    fields["hidden_act"] = model.activation
+    if model.sizes["D"] * model.config.num_attention_heads != model.hidden_size:
+        fields["head_dim"] = model.sizes["D"]
+    return fields
+
+
+def dense_layer_indices(model: DenseModel, moe: MoeShape) -> list[int]:
+    """Layers that keep their FFN."""
+    return sorted(set(range(model.layers)) - set(moe.layers))

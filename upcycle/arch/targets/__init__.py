@@ -1,0 +1,8 @@
+"""One file per MoE type; order here is the order of preference among types that express a request exactly."""
+
+from __future__ import annotations
+
+from upcycle.arch.targets import flex_olmo, granitemoeshared, mixtral, olmoe, qwen2_moe, qwen3_moe, upcycled_moe
+
+_MODULES = (mixtral, qwen2_moe, qwen3_moe, flex_olmo, olmoe, granitemoeshared, upcycled_moe)
+TARGETS = {module.TARGET.model_type: module.TARGET for module in _MODULES}

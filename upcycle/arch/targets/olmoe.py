@@ -1,0 +1,31 @@
+"""OLMoE: queries and keys normalised over all heads, norms before the blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from upcycle.arch.family import DenseModel
+from upcycle.arch.moe import MoeShape
+from upcycle.arch.target import PER_EXPERT, Layout, Target, native_fields
+
+
+def fields(model: DenseModel, moe: MoeShape) -> dict[str, Any]:
+    return {
+        **native_fields(model),
+        "attention_bias": model.backbone.attention_bias == "qkvo",
+        "intermediate_size": model.ffn_width // moe.granularity,
+        "num_experts": moe.experts,
+        "num_experts_per_tok": moe.top_k,
+        "norm_topk_prob": moe.router_order == "topk_softmax",
+        "clip_qkv": None,
+    }
+
+
+TARGET = Target(
+    model_type="olmoe",
+    architecture="OlmoeForCausalLM",
+    qk_norm="full",
+    attention_bias=("none", "qkvo"),
+    layout=Layout(experts=PER_EXPERT),
+    fields=fields,
+)

@@ -1,0 +1,38 @@
+"""Qwen3-MoE: queries and keys normalised per head, no shared expert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from upcycle.arch.family import DenseModel
+from upcycle.arch.moe import MoeShape
+from upcycle.arch.target import PER_EXPERT, Layout, Target, dense_layer_indices, native_fields
+
+
+def fields(model: DenseModel, moe: MoeShape) -> dict[str, Any]:
+    window = model.backbone.windows[0]
+    return {
+        **native_fields(model),
+        "head_dim": model.sizes["D"],
+        "attention_bias": model.backbone.attention_bias == "qkvo",
+        "intermediate_size": model.ffn_width,
+        "moe_intermediate_size": model.ffn_width // moe.granularity,
+        "num_experts": moe.experts,
+        "num_experts_per_tok": moe.top_k,
+        "norm_topk_prob": moe.router_order == "topk_softmax",
+        "mlp_only_layers": dense_layer_indices(model, moe),
+        "use_sliding_window": bool(window),
+        "sliding_window": window or None,
+    }
+
+
+TARGET = Target(
+    model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    qk_norm="head",
+    attention_bias=("none", "qkvo"),
+    windows="uniform",
+    dense_layers=True,
+    layout=Layout(experts=PER_EXPERT),
+    fields=fields,
+)

@@ -1,0 +1,66 @@
+"""Measures, per layer, the router weight that the selected experts get on sample text, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from upcycle.arch.moe import MoeShape
+from upcycle.config import InitConfig
+from upcycle.init.experts import normal
+from upcycle.init.rng import generator
+from upcycle.load import load_dense, ffn_modules
+from upcycle.plan.experts import FfnParts
+from upcycle.plan.scaling import unscaled
+from upcycle.text import sample_tokens
+
+if TYPE_CHECKING:
+    from upcycle.source import DenseSource
+
+
+def measured_masses(
+    source: DenseSource, moe: MoeShape, init: InitConfig, *, seed: int, tokens: int
+) -> Mapping[int, float]:
+    """Mean over tokens of the selected experts' softmax mass, with the router that the conversion will write.
+
+    Loads the dense model whole, so it needs its memory. Text: the standard library's argparse.py.
+
+    Args:
+        source: the dense model.
+        moe, init: the request; softmax-then-topK.
+        seed: seed of the conversion.
+        tokens: tokens to measure on.
+
+    Returns:
+        layer -> mass in (0, 1].
+    """
+    model = load_dense(source)
+    modules = ffn_modules(model, source.model.ffn_module(), moe.layers)
+    masses: dict[int, float] = {}
+
+    def watch(layer: int, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        router = _router(source, moe, init, layer, seed)
+
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            probabilities = (args[0].float().flatten(0, -2) @ router.T).softmax(-1)
+            masses[layer] = float(probabilities.topk(moe.top_k).values.sum(-1).mean())
+
+        return module.register_forward_pre_hook(hook)
+
+    handles = [watch(layer, module) for layer, module in modules.items()]
+    ids = sample_tokens(source, tokens=tokens)
+    with torch.inference_mode():
+        model(input_ids=ids[None])
+    for handle in handles:
+        handle.remove()
+    return masses
+
+
+def _router(source: DenseSource, moe: MoeShape, init: InitConfig, layer: int, seed: int) -> Tensor:
+    scaling = unscaled(gated=source.model.family.ffn.gate is not None)
+    parts = FfnParts(model=source.model, moe=moe, init=init, layer=layer, scaling=scaling, shared_gate=1.0)
+    row = parts.router()
+    return normal(row.rows, row.cols, std=row.std, repeat=row.repeat, values=generator(seed, row.key))

@@ -1,0 +1,29 @@
+"""Reads and writes checkpoints as bytes; knows no models, no other room, and transformers only for GGUF files."""
+
+from upcycle.checkpoint.dtypes import TORCH_DTYPES, code_from_name, dtype_bytes, dtype_code, dtype_name, torch_dtype
+from upcycle.checkpoint.gguf import gguf_config, write_gguf_tokenizer
+from upcycle.checkpoint.hashing import hash_files, sha256_file
+from upcycle.checkpoint.reader import TensorInfo, TensorReader, open_reader, read_index_names
+from upcycle.checkpoint.writer import Shard, Staging, TensorSpec, index_json, layout_shards
+
+__all__ = [
+    "TORCH_DTYPES",
+    "Shard",
+    "Staging",
+    "TensorInfo",
+    "TensorReader",
+    "TensorSpec",
+    "code_from_name",
+    "dtype_bytes",
+    "dtype_code",
+    "dtype_name",
+    "gguf_config",
+    "hash_files",
+    "index_json",
+    "layout_shards",
+    "open_reader",
+    "read_index_names",
+    "sha256_file",
+    "torch_dtype",
+    "write_gguf_tokenizer",
+]

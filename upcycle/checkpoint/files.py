@@ -1,0 +1,83 @@
+"""Durable file operations whose failures are the output's: write, fsync, rename. Knows paths and bytes only."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from upcycle.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_REMEDIES: Final = {
+    errno.ENOSPC: "free space on that disk, then run again with resume=true",
+    errno.EDQUOT: "free space within the quota, then run again with resume=true",
+    errno.EROFS: "choose an output on a writable file system",
+    errno.EACCES: "choose an output in a directory that you may write to",
+    errno.EPERM: "choose an output in a directory that you may write to",
+    errno.ENOTDIR: "choose an output whose parent is a directory",
+    errno.EEXIST: "choose an output whose parent is a directory",
+}
+
+DRAFT_SUFFIX: Final = ".tmp"
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError about `path` into an OutputError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno) if error.errno else None
+        raise OutputError(f"cannot write {path}", found=error.strerror or error, remedy=remedy) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[int]:
+    """Yield the descriptor of `<path>.tmp`, which becomes `path` once it is complete and on the disk.
+
+    Raises:
+        OutputError: the file cannot be created, synced or renamed.
+    """
+    draft = path.with_name(path.name + DRAFT_SUFFIX)
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        yield descriptor
+        with output_errors(path):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    with output_errors(path):
+        draft.rename(path)
+
+
+def write_all(descriptor: int, data: bytes | memoryview, path: Path) -> None:
+    """Write all of `data`; `path` is for the message.
+
+    Raises:
+        OutputError: the bytes cannot be written, such as on a full disk.
+    """
+    rest = memoryview(data)
+    with output_errors(path):
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+
+
+def sync_directory(path: Path) -> None:
+    """Put a directory's entries on the disk.
+
+    Raises:
+        OutputError: the directory cannot be synced.
+    """
+    with output_errors(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

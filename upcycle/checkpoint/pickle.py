@@ -1,0 +1,81 @@
+"""Reads PyTorch `.bin` files with `weights_only` (no code in them runs), memory-mapped. Knows no directory layout."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import zipfile
+from typing import TYPE_CHECKING
+
+import torch
+
+from upcycle.checkpoint.dtypes import dtype_code
+from upcycle.checkpoint.tensors import TensorInfo
+from upcycle.errors import SourceError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+_log = logging.getLogger("upcycle")
+
+
+class PickleReader:
+    """Reads the tensors of one or more PyTorch pickles.
+
+    Args:
+        files: the files; together they must hold every name once.
+
+    Raises:
+        SourceError: a file is corrupt, holds more than tensors by name, or repeats a tensor.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.files = tuple(sorted(files))
+        self.tensors: dict[str, TensorInfo] = {}
+        self._values: dict[str, torch.Tensor] = {}
+        for file in self.files:
+            for name, tensor in _load(file).items():
+                if name in self.tensors:
+                    raise SourceError(
+                        f"two files hold the tensor {name}", found=f"{self.tensors[name].file.name} and {file.name}"
+                    )
+                code = dtype_code(tensor.dtype)
+                self.tensors[name] = TensorInfo(name=name, dtype=code, shape=tuple(tensor.shape), file=file)
+                self._values[name] = tensor
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return the tensor, as a view of the mapped file where it is contiguous; see `TensorReader.read`."""
+        return self._values[name].detach().contiguous()
+
+
+def _load(file: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of one pickle by name."""
+    # Only the zip layout (torch >= 1.6) can be mapped; an older file is read whole.
+    mapped = file.is_file() and zipfile.is_zipfile(file)
+    _log.warning(
+        "%s is a pickle: reading it with weights_only=True, so that no code in it runs%s; prefer safetensors",
+        file,
+        "" if mapped else " (whole, in memory: its layout is older than torch 1.6)",
+    )
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except OSError as error:
+        raise SourceError(f"cannot read {file}", found=error.strerror) from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError) as error:
+        raise SourceError(
+            f"{file} cannot be loaded as weights only",
+            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            expected="a PyTorch file of tensors by name and nothing else",
+            remedy="do not trust this file; use the model's safetensors files, or a complete copy",
+        ) from error
+    strays = (
+        {type(value).__name__ for value in state.values() if not isinstance(value, torch.Tensor)}
+        if isinstance(state, dict)
+        else {type(state).__name__}
+    )
+    if strays:
+        raise SourceError(
+            f"{file} is not a state dict", found=", ".join(sorted(strays)), expected="a dict of tensors by name"
+        )
+    return dict(state)

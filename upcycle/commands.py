@@ -1,0 +1,90 @@
+"""What each command prints; the work is done elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from upcycle.config import ConvertConfig, InspectConfig, PlanConfig, VerifyConfig
+from upcycle.errors import ConfigError, near_misses
+from upcycle.prepare import Conversion
+
+FORMATS = ("table", "json")
+
+
+def plan(config: PlanConfig) -> int:
+    """`upcycle plan`: print what `convert` would do."""
+    from upcycle.prepare import prepare
+    from upcycle.render import plan_json, plan_table
+
+    _check_format(config.format)
+    conversion = prepare(config, execute=False)
+    _print(config.format, plan_json(conversion), plan_table(conversion))
+    return 0
+
+
+def convert(config: ConvertConfig) -> int:
+    """`upcycle convert`: write the checkpoint, with a progress bar on standard error."""
+    from upcycle.convert import convert as run
+    from upcycle.render import plan_table
+
+    progress = Progress(
+        TextColumn("writing"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+    def on_plan(conversion: Conversion):  # type: ignore[no-untyped-def]
+        Console().print(plan_table(conversion))
+        bar = progress.add_task("writing", total=conversion.cost.bytes_to_write)
+        progress.start()
+        return lambda count: progress.advance(bar, count)
+
+    try:
+        output = run(config, on_plan=on_plan)
+    finally:
+        progress.stop()
+    print(f"wrote {output}\nnext: upcycle verify source={config.source} moe={output}")
+    return 0
+
+
+def verify(config: VerifyConfig) -> int:
+    """`upcycle verify`: print the equivalence report; 1 if the losses differ by more than the tolerance."""
+    from upcycle.report import report_table, write_report
+    from upcycle.verify import verify as run
+
+    _check_format(config.format)
+    report = run(config)
+    write_report(report, config.moe)
+    _print(config.format, report, report_table(report))
+    return 0 if report["passed"] else 1
+
+
+def inspect(config: InspectConfig) -> int:
+    """`upcycle inspect`: print what a checkpoint is."""
+    from upcycle.inspection import inspect as run
+    from upcycle.inspection import inspection_table
+
+    _check_format(config.format)
+    found = run(config)
+    _print(config.format, found, inspection_table(found))
+    return 0
+
+
+def _check_format(name: str) -> None:
+    if name not in FORMATS:
+        raise ConfigError("unknown format", found=name, expected=", ".join(FORMATS), remedy=near_misses(name, FORMATS))
+
+
+def _print(form: str, data: object, table: object) -> None:
+    if form == "json":
+        json.dump(data, sys.stdout, indent=2)
+        print()
+    else:
+        Console().print(table)

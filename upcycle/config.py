@@ -1,0 +1,148 @@
+"""Options of every command as frozen dataclasses; the defaults are in `conf/`. Knows only the errors, and not torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+STRICT = {"extra": "forbid"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeConfig:
+    """`moe.*`.
+
+    Attributes:
+        expansion: E, copies of the dense FFN.
+        granularity: G, shards per FFN.
+        top_k: T, routed experts active per token.
+        router_order: softmax_topk or topk_softmax.
+        shared_experts: experts of the same width that every token uses.
+        layers: "all", "every_K" (every K-th layer, ending with the K-th), or a list of indices.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
+
+    expansion: float
+    granularity: int
+    top_k: int
+    router_order: str
+    shared_experts: int
+    layers: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """`init.*`; `name` says which fields beyond the first three matter.
+
+    Attributes:
+        name: virtual_group, copy, drop, noise or random.
+        scaling: exact, paper, calibrated, none, or the factor itself.
+        router_std: standard deviation of the router's rows.
+        ratio: drop: share of an expert's neurons that is re-initialised.
+        neurons: drop: coherent (one set for gate, up and down) or independent (one set each).
+        std: noise: standard deviation of the noise, in units of the matrix's own. random: of the weights.
+        fraction: noise: share of the weights that it is added to.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
+
+    name: str
+    scaling: Any
+    router_std: float
+    ratio: float = 0.0
+    neurons: str = "coherent"
+    std: float = 0.0
+    fraction: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionConfig:
+    """What `plan` and `convert` share.
+
+    Attributes:
+        source: directory, GGUF file or Hub id of the dense model.
+        output: directory of the MoE checkpoint.
+        target: auto, or a MoE type by name.
+        dtype: auto (the source's), float32, bfloat16 or float16.
+        seed: seed of everything random.
+        max_shard_size: size limit of one safetensors file, such as 5GB or 500MB.
+        calibration_tokens: tokens of Python source that `init.scaling=calibrated` measures on.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
+
+    source: str
+    output: str | None
+    target: str
+    dtype: str
+    seed: int
+    max_shard_size: str
+    calibration_tokens: int
+    moe: MoeConfig
+    init: InitConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(ConversionConfig):
+    """`upcycle plan`.
+
+    Attributes:
+        format: table or json.
+    """
+
+    format: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(ConversionConfig):
+    """`upcycle convert`.
+
+    Attributes:
+        overwrite: replace an existing output.
+        resume: continue an interrupted conversion.
+    """
+
+    output: str
+    overwrite: bool
+    resume: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """`upcycle verify`.
+
+    Attributes:
+        source: the dense model.
+        moe: directory of the MoE checkpoint.
+        text: file to measure on; null takes the standard library's argparse.py.
+        tokens: tokens of the text to use.
+        sequence_length: tokens per forward pass.
+        tolerance: largest relative gap of the losses that passes.
+        format: table or json.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
+
+    source: str
+    moe: str
+    text: str | None
+    tokens: int
+    sequence_length: int
+    tolerance: float
+    format: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """`upcycle inspect DIR`.
+
+    Attributes:
+        path: directory of a checkpoint.
+        format: table or json.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
+
+    path: str
+    format: str

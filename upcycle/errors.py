@@ -1,0 +1,53 @@
+"""The error a user sees: what was wrong, what was found, what was expected, what to do. Knows no other room."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UpcycleError(ValueError):
+    """A user's mistake or a bad input; the command line prints it without a traceback and exits with 1.
+
+    Args:
+        what: what was wrong, one sentence.
+        found: the offending value.
+        expected: what would have been right.
+        remedy: what to do about it.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        found: object = None,
+        expected: object = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.what = what
+        parts = [("found", found), ("expected", expected), ("remedy", remedy)]
+        lines = [f"  {label + ':':<10}{value}" for label, value in parts if value is not None]
+        super().__init__("\n".join([what, *lines]))
+
+
+class ConfigError(UpcycleError):
+    """An option, or a combination of options, that cannot work."""
+
+
+class SourceError(UpcycleError):
+    """The dense checkpoint cannot be read, or is not what it should be."""
+
+
+class TargetError(UpcycleError):
+    """The MoE architecture asked for cannot express the request."""
+
+
+class OutputError(UpcycleError):
+    """The output directory cannot be written."""
+
+
+def near_misses(name: str, known: Iterable[str]) -> str:
+    """Return 'did you mean …' for `name` among `known`, or the list of all that is known."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"

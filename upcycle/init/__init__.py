@@ -1,0 +1,1 @@
+"""Pure functions on tensors that make experts and routers; knows only torch."""

@@ -1,0 +1,63 @@
+"""Loads dense and MoE checkpoints through transformers, and finds their FFN blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from upcycle.errors import SourceError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from upcycle.source import DenseSource
+
+
+def load_dense(source: DenseSource, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The dense model in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    directory, options = _gguf_arguments(source)
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options).eval()
+
+
+def load_moe(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A MoE checkpoint in evaluation mode, with the class that its config names."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+
+
+def load_tokenizer(source: DenseSource) -> PreTrainedTokenizerBase:
+    """The dense model's tokenizer.
+
+    Raises:
+        SourceError: the source has none.
+    """
+    from transformers import AutoTokenizer
+
+    directory, options = _gguf_arguments(source)
+    try:
+        return AutoTokenizer.from_pretrained(directory, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(
+            "the source has no tokenizer that transformers can load",
+            found=str(source.path),
+            remedy="add the tokenizer files to the source directory",
+        ) from error
+
+
+def ffn_modules(model: nn.Module, path: str, layers: Iterable[int]) -> dict[int, nn.Module]:
+    """The FFN (or MoE block) of each layer; `path` has `{layer}` left open."""
+    return {layer: reduce(getattr, path.format(layer=layer).split("."), model) for layer in layers}
+
+
+def _gguf_arguments(source: DenseSource) -> tuple[Path, dict[str, Any]]:
+    if source.is_gguf:
+        return source.path.parent, {"gguf_file": source.path.name}
+    return source.path, {}

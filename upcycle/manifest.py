@@ -1,0 +1,70 @@
+"""`upcycle_manifest.json`: where every tensor of a checkpoint comes from."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from upcycle.config import ConvertConfig
+from upcycle.errors import SourceError
+from upcycle.plan.plan import plan_dict
+from upcycle.prepare import Conversion
+
+MANIFEST = "upcycle_manifest.json"
+FORMAT = 1
+PACKAGES = ("upcycle", "torch", "transformers", "safetensors")
+WHERE_NOT_WHAT = ("output", "overwrite", "resume", "max_shard_size")
+
+
+def manifest_json(conversion: Conversion, config: ConvertConfig, hashes: Mapping[str, str]) -> str:
+    """The manifest's text; the same for the same source, config and seed, whatever the output and the shard size.
+
+    Args:
+        conversion: what was executed.
+        config: the resolved options; those that say where and not what are left out.
+        hashes: SHA-256 of the source's files by name.
+    """
+    described = plan_dict(conversion.plan)
+    options = {name: value for name, value in asdict(config).items() if name not in WHERE_NOT_WHAT}
+    content = {
+        "format": FORMAT,
+        "source": {
+            "given": config.source,
+            "model_type": conversion.source.model.family.model_type,
+            "sha256": dict(hashes),
+        },
+        "config": options,
+        "seed": config.seed,
+        "plan_sha256": conversion.plan.fingerprint(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "cost": asdict(conversion.cost),
+        **{name: described[name] for name in ("target", "why", "moe", "init", "losses", "notes", "scaling", "dropped")},
+        "tensors": {name: tensor["from"] for name, tensor in described["tensors"].items()},
+    }
+    return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint, or None where there is none.
+
+    Raises:
+        SourceError: it is damaged, or of a format that this version does not read.
+    """
+    file = directory / MANIFEST
+    if not file.exists():
+        return None
+    try:
+        manifest = json.loads(file.read_text())
+        found = manifest["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SourceError("the manifest is damaged", found=f"{file}: {error}", remedy="convert again") from error
+    if found != FORMAT:
+        raise SourceError(
+            "the manifest has another format", found=found, expected=FORMAT, remedy="use the upcycle that wrote it"
+        )
+    return dict(manifest)

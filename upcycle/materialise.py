@@ -1,0 +1,99 @@
+"""Turns a part of the plan into values: reads the source, applies `init`, scales, casts."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from upcycle.errors import SourceError
+from upcycle.init.experts import add_noise, drop_neurons, normal
+from upcycle.init.rng import generator
+from upcycle.plan.parts import AddNoise, Beside, DropNeurons, Normal, Part, Take, Whole, Zeros
+from upcycle.plan.plan import TargetTensor
+
+SOURCES_AT_ONCE = 2
+
+
+class Materialiser:
+    """Makes the values of target tensors, one part at a time.
+
+    Args:
+        read: returns a source tensor by name, memory-mapped where the format allows it.
+        seed: seed of everything random.
+    """
+
+    def __init__(self, read: Callable[[str], Tensor], seed: int) -> None:
+        self._read = read
+        self._seed = seed
+        self._open: OrderedDict[str, Tensor] = OrderedDict()
+
+    def parts(self, target: TargetTensor, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield the tensor's parts in order, contiguous, in `dtype`.
+
+        Raises:
+            SourceError: NaN or infinity in an FFN weight, or a value that `dtype` cannot hold.
+        """
+        for part in target.parts:
+            values = self.values(part, dtype)
+            if dtype == torch.float16:
+                _check_finite(values, f"{target.name} in float16", "set dtype=bfloat16 or dtype=float32")
+            yield values.contiguous()
+
+    def values(self, part: Part, dtype: torch.dtype) -> Tensor:
+        """The values of one part in `dtype`."""
+        match part:
+            case Whole():
+                return self._read(part.source).to(dtype)
+            case Take():
+                return self._scaled(self._rectangle(part), part.factor, dtype)
+            case Beside():
+                return torch.cat([self.values(each, dtype) for each in part.parts], dim=1)
+            case DropNeurons():
+                made = drop_neurons(
+                    self._rectangle(part.base),
+                    neuron_axis=part.neuron_axis,
+                    ratio=part.ratio,
+                    neurons=generator(self._seed, part.neurons_key),
+                    values=generator(self._seed, part.values_key),
+                )
+                return self._scaled(made, part.base.factor, dtype)
+            case AddNoise():
+                values = generator(self._seed, part.key)
+                made = add_noise(self._rectangle(part.base), std=part.std, fraction=part.fraction, values=values)
+                return self._scaled(made, part.base.factor, dtype)
+            case Normal():
+                values = generator(self._seed, part.key)
+                made = normal(part.rows, part.cols, std=part.std, repeat=part.repeat, values=values)
+                return self._scaled(made, part.factor, dtype)
+            case Zeros():
+                return torch.zeros(part.numel, dtype=dtype)
+
+    def _rectangle(self, take: Take) -> Tensor:
+        source = self._source(take.source)
+        oriented = source.T if take.transposed and source.dim() == 2 else source
+        rows = oriented[slice(*take.rows)]
+        return rows[:, slice(*take.cols)] if take.cols else rows
+
+    def _source(self, name: str) -> Tensor:
+        if name not in self._open:
+            tensor = self._read(name)
+            _check_finite(tensor, name, "repair the checkpoint: a NaN here would spread to every expert")
+            self._open[name] = tensor
+            while len(self._open) > SOURCES_AT_ONCE:
+                self._open.popitem(last=False)
+        return self._open[name]
+
+    @staticmethod
+    def _scaled(values: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+        if factor == 1.0:
+            return values.to(dtype)
+        return (values.to(torch.promote_types(values.dtype, dtype)) * factor).to(dtype)
+
+
+def _check_finite(values: Tensor, name: str, remedy: str) -> None:
+    if values.numel() and not torch.stack(values.aminmax()).isfinite().all():
+        bad = int((~values.isfinite()).sum())
+        raise SourceError(f"NaN or infinity in {name}", found=f"{bad} of {values.numel()} values", remedy=remedy)

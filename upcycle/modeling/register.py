@@ -1,0 +1,20 @@
+"""Makes transformers' Auto classes know `upcycled_moe`. May know the two code files beside it and transformers."""
+
+
+def register_config() -> None:
+    """Let `AutoConfig` read `upcycled_moe` configs without remote code; calling it again is harmless."""
+    from transformers import AutoConfig
+
+    from upcycle.modeling.configuration_upcycled_moe import UpcycledMoeConfig
+
+    AutoConfig.register(UpcycledMoeConfig.model_type, UpcycledMoeConfig, exist_ok=True)
+
+
+def register_model() -> None:
+    """Let `AutoModelForCausalLM` load `upcycled_moe` checkpoints without remote code; calling it again is harmless."""
+    from transformers import AutoModelForCausalLM
+
+    from upcycle.modeling.configuration_upcycled_moe import UpcycledMoeConfig
+    from upcycle.modeling.modeling_upcycled_moe import UpcycledMoeForCausalLM
+
+    AutoModelForCausalLM.register(UpcycledMoeConfig, UpcycledMoeForCausalLM, exist_ok=True)

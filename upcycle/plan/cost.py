@@ -1,0 +1,78 @@
+"""What a conversion costs: parameters, bytes, memory, FLOPs per token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from upcycle.arch.family import DenseModel, Shape
+from upcycle.plan.plan import Plan
+
+BASE_MEMORY = 300 * 10**6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Costs of a conversion and of the model that comes out.
+
+    Attributes:
+        dense_parameters: of the source, tied weights counted once.
+        parameters: of the MoE.
+        active_parameters: of the MoE, used per token.
+        bytes_to_write: tensor bytes of the output.
+        dense_flops_per_token: forward, matrix products with weights (2 per weight), head included, attention scores not.
+        flops_per_token: the same for the MoE.
+        peak_memory: bytes of anonymous memory that `convert` needs at most.
+    """
+
+    dense_parameters: int
+    parameters: int
+    active_parameters: int
+    bytes_to_write: int
+    dense_flops_per_token: int
+    flops_per_token: int
+    peak_memory: int
+
+
+def cost(plan: Plan, model: DenseModel, *, bytes_per_element: Mapping[str, int]) -> Cost:
+    """Count a plan's costs.
+
+    Args:
+        plan: the plan.
+        model: the dense model.
+        bytes_per_element: by safetensors code.
+    """
+    sizes = {tensor.name: math.prod(tensor.shape) for tensor in plan.tensors}
+    total = sum(sizes.values())
+    routed = sum(sizes[tensor.name] for tensor in plan.tensors if tensor.kind == "expert")
+    largest = max(math.prod(shape) for shape in model.tensors().values())
+    widest = max(bytes_per_element[tensor.dtype] for tensor in plan.tensors)
+    dense_flops = dense_matmul_flops(model)
+    return Cost(
+        dense_parameters=sum(math.prod(shape) for shape in model.tensors().values()),
+        parameters=total,
+        active_parameters=total - routed + routed * plan.moe.top_k // plan.moe.experts,
+        bytes_to_write=sum(sizes[t.name] * bytes_per_element[t.dtype] for t in plan.tensors),
+        dense_flops_per_token=dense_flops,
+        flops_per_token=dense_flops + _extra_flops(plan, model),
+        peak_memory=BASE_MEMORY + 3 * largest * widest,
+    )
+
+
+def dense_matmul_flops(model: DenseModel) -> int:
+    """Forward FLOPs per token of the dense model's matrix products with weights."""
+    inside = {**model.backbone_layer_shapes(), **dict(model.ffn_shapes())}
+    head = model.sizes["V"] * model.hidden_size
+    return 2 * (model.layers * _matrix_elements(inside.values()) + head)
+
+
+def _extra_flops(plan: Plan, model: DenseModel) -> int:
+    ffn = _matrix_elements(shape for _, shape in model.ffn_shapes())
+    active = ffn * (plan.moe.top_k + plan.moe.shared_experts) // plan.moe.granularity
+    gates = sum(math.prod(tensor.shape) for tensor in plan.tensors if tensor.kind in ("router", "shared_gate"))
+    return 2 * (len(plan.moe.layers) * (active - ffn) + gates)
+
+
+def _matrix_elements(shapes: Iterable[Shape]) -> int:
+    return sum(math.prod(shape) for shape in shapes if len(shape) == 2)

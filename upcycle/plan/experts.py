@@ -1,0 +1,139 @@
+"""Which part of the dense FFN each expert is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from upcycle.arch.family import DenseModel, Role
+from upcycle.arch.moe import MoeShape
+from upcycle.config import InitConfig
+from upcycle.plan.parts import AddNoise, Beside, DropNeurons, Normal, Part, Range, Take, Zeros
+from upcycle.plan.request import GROUPED_INITS
+from upcycle.plan.scaling import LayerScaling
+
+
+@dataclass(frozen=True, kw_only=True)
+class FfnParts:
+    """The parts of one MoE layer.
+
+    Attributes:
+        model, moe, init: the dense model and the request.
+        layer: index of the layer.
+        scaling: the layer's factors.
+        shared_gate: factor that the type applies to its shared expert at initialization (0.5 for a sigmoid of 0).
+    """
+
+    model: DenseModel
+    moe: MoeShape
+    init: InitConfig
+    layer: int
+    scaling: LayerScaling
+    shared_gate: float
+
+    @property
+    def width(self) -> int:
+        """Neurons of one expert."""
+        return self.model.ffn_width // self.moe.granularity
+
+    def router(self) -> Normal:
+        """Rows of the router [N, H]: one drawn row per virtual group, or one per expert where there are none."""
+        grouped = self.init.name in GROUPED_INITS
+        return Normal(
+            rows=self.moe.experts,
+            cols=self.model.hidden_size,
+            std=self.init.router_std,
+            key=f"layer.{self.layer}.router",
+            repeat=self.moe.granularity if grouped else 1,
+        )
+
+    def expert(self, expert: int, role: Role) -> Part:
+        """A matrix of a routed expert, [width, H] for gate and up, [H, width] for down."""
+        shard = expert % self.moe.granularity
+        factor = self.scaling.matrix[role] * (self._routed_share(shard) if role == "down" else 1.0)
+        stem = f"layer.{self.layer}.expert.{expert}"
+        base = self._take(role, shard, factor)
+        match self.init.name:
+            case "drop":
+                coherent = self.init.neurons == "coherent"
+                return DropNeurons(
+                    base=base,
+                    neuron_axis=1 if role == "down" else 0,
+                    ratio=self.init.ratio,
+                    neurons_key=f"{stem}.neurons" if coherent else f"{stem}.{role}.neurons",
+                    values_key=f"{stem}.{role}",
+                )
+            case "noise":
+                return AddNoise(base=base, std=self.init.std, fraction=self.init.fraction, key=f"{stem}.{role}")
+            case "random":
+                return self._random(role, self.width, factor, f"{stem}.{role}")
+        return base
+
+    def expert_bias(self, role: Role) -> Iterator[Part]:
+        """A bias of every routed expert in order: [width] for gate and up, [H] for down."""
+        total = self.moe.top_k + self.moe.shared_experts
+        factor = self.scaling.bias[role] * (self.moe.top_k / total if role == "down" else 1.0)
+        for expert in range(self.moe.experts):
+            yield self._bias(role, expert % self.moe.granularity, factor)
+
+    def shared(self, role: Role) -> Iterator[Part]:
+        """A matrix of the shared expert: shards 0, 1, … in turn, `shared_experts` of them."""
+        shards = range(self.moe.shared_experts)
+        if self.init.name == "random":
+            width = self.width * len(shards)
+            factor = 1 / self.shared_gate if role == "down" else 1.0
+            yield self._random(role, width, factor, f"layer.{self.layer}.shared.{role}")
+        elif role == "down":
+            granularity = self.moe.granularity
+            factors = (self._shared_share(shard % granularity) / self.shared_gate for shard in shards)
+            yield Beside(parts=tuple(self._take("down", s % granularity, f) for s, f in zip(shards, factors, strict=True)))
+        else:
+            for shard in shards:
+                yield self._take(role, shard % self.moe.granularity, 1.0)
+
+    def shared_bias(self, role: Role) -> Iterator[Part]:
+        """A bias of the shared expert."""
+        if role == "down":
+            total = self.moe.top_k + self.moe.shared_experts
+            yield self._bias("down", 0, self.moe.shared_experts / total / self.shared_gate)
+        else:
+            for shard in range(self.moe.shared_experts):
+                yield self._bias(role, shard % self.moe.granularity, 1.0)
+
+    def _copies(self, shard: int) -> tuple[int, float]:
+        """How often a shard is held by the shared expert, and how many routed copies of it are active."""
+        whole, rest = divmod(self.moe.shared_experts, self.moe.granularity)
+        return whole + (shard < rest), self.moe.top_k / self.moe.granularity
+
+    def _routed_share(self, shard: int) -> float:
+        """Every active copy of a shard, routed or shared, contributes the same, so that together they are one FFN."""
+        shared, routed = self._copies(shard)
+        return routed / (shared + routed)
+
+    def _shared_share(self, shard: int) -> float:
+        shared, routed = self._copies(shard)
+        return 1 / (shared + routed)
+
+    def _take(self, role: Role, shard: int, factor: float) -> Take:
+        ffn, neurons = self.model.family.ffn, self._neurons(role, shard)
+        return Take(
+            source=self.model.ffn_tensor(self.layer, role),
+            rows=(0, self.model.hidden_size) if role == "down" else neurons,
+            cols=neurons if role == "down" else (0, self.model.hidden_size),
+            transposed=ffn.transposed,
+            factor=factor,
+        )
+
+    def _bias(self, role: Role, shard: int, factor: float) -> Part:
+        rows = (0, self.model.hidden_size) if role == "down" else self._neurons(role, shard)
+        if self.init.name == "random":
+            return Zeros(numel=rows[1] - rows[0])
+        return Take(source=self.model.ffn_tensor(self.layer, role, "bias"), rows=rows, factor=factor)
+
+    def _neurons(self, role: Role, shard: int) -> Range:
+        offset = self.model.ffn_width if role == "up" and self.model.family.ffn.fused else 0
+        return offset + shard * self.width, offset + (shard + 1) * self.width
+
+    def _random(self, role: Role, width: int, factor: float, key: str) -> Normal:
+        rows, cols = (self.model.hidden_size, width) if role == "down" else (width, self.model.hidden_size)
+        return Normal(rows=rows, cols=cols, std=self.init.std, factor=factor, key=key)

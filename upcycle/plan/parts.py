@@ -1,0 +1,146 @@
+"""The few transforms that every target tensor is made of. A part describes a tensor; `init` makes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Range = tuple[int, int]
+Neurons = Literal["coherent", "independent"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Take:
+    """A rectangle of a source tensor, read as [out, in] (a vector as [out]), times a factor.
+
+    Attributes:
+        source: name of the source tensor.
+        rows, cols: half-open ranges in [out, in]; `cols` is None for a vector or a whole tensor of another rank.
+        transposed: the source is stored [in, out].
+        factor: what the values are multiplied by.
+    """
+
+    source: str
+    rows: Range
+    cols: Range | None = None
+    transposed: bool = False
+    factor: float = 1.0
+
+    def __str__(self) -> str:
+        ranges = ", ".join(f"{start}:{stop}" for start, stop in filter(None, (self.rows, self.cols)))
+        return f"{self.source}[{ranges}]{'.T' if self.transposed else ''}{_times(self.factor)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """A source tensor, bit for bit."""
+
+    source: str
+
+    def __str__(self) -> str:
+        return self.source
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropNeurons:
+    """A `Take` in which a share of the neurons is drawn anew (Drop-Upcycling, arXiv 2502.19261).
+
+    Attributes:
+        base: the shard; `base.factor` scales old and new values alike.
+        neuron_axis: 0 where neurons are rows (gate, up), 1 where they are columns (down).
+        ratio: share of neurons drawn from N(mean, std) of the values that they replace.
+        neurons_key: names the set of neurons; shared by gate, up and down when coherent.
+        values_key: names the new values.
+    """
+
+    base: Take
+    neuron_axis: int
+    ratio: float
+    neurons_key: str
+    values_key: str
+
+    def __str__(self) -> str:
+        return f"{self.base} with {self.ratio:g} of the neurons of [{self.neurons_key}] drawn anew"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddNoise:
+    """A `Take` plus Gaussian noise on a share of its values.
+
+    Attributes:
+        base: the shard; `base.factor` scales values and noise alike.
+        std: standard deviation in units of the shard's own.
+        fraction: share of the values that get noise.
+        key: names the random stream.
+    """
+
+    base: Take
+    std: float
+    fraction: float
+    key: str
+
+    def __str__(self) -> str:
+        return f"{self.base} + N(0, {self.std:g} std) on {self.fraction:g} of its values"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normal:
+    """Values from N(0, std), times a factor.
+
+    Attributes:
+        rows, cols: shape.
+        repeat: every drawn row stands `repeat` times in a row (virtual groups); `rows` counts all of them.
+        std: standard deviation.
+        factor: what the values are multiplied by.
+        key: names the random stream.
+    """
+
+    rows: int
+    cols: int
+    std: float
+    key: str
+    repeat: int = 1
+    factor: float = 1.0
+
+    def __str__(self) -> str:
+        repeated = f", each row {self.repeat} times" if self.repeat > 1 else ""
+        return f"N(0, {self.std:g}) [{self.rows}, {self.cols}]{repeated}{_times(self.factor)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zeros:
+    """Zeros."""
+
+    numel: int
+
+    def __str__(self) -> str:
+        return "zeros"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """Matrices of equal height side by side."""
+
+    parts: tuple[Take, ...]
+
+    def __str__(self) -> str:
+        return " beside ".join(str(part) for part in self.parts)
+
+
+Part = Take | Whole | DropNeurons | AddNoise | Normal | Zeros | Beside
+
+
+def taken(part: Part) -> tuple[Take, ...]:
+    """The rectangles of the source that a part is made from."""
+    match part:
+        case Take():
+            return (part,)
+        case DropNeurons(base=base) | AddNoise(base=base):
+            return (base,)
+        case Beside(parts=parts):
+            return parts
+    return ()
+
+
+def _times(factor: float) -> str:
+    return "" if factor == 1.0 else f" * {factor:.9g}"

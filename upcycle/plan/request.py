@@ -1,0 +1,140 @@
+"""Checks what a user asks for against the dense model and turns it into a `MoeShape`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from upcycle.arch.moe import MoeShape, RouterOrder
+from upcycle.config import InitConfig, MoeConfig
+from upcycle.errors import ConfigError, near_misses
+
+ROUTER_ORDERS: tuple[RouterOrder, ...] = ("softmax_topk", "topk_softmax")
+SCALING_RULES = ("exact", "paper", "calibrated", "none")
+INITS = ("virtual_group", "copy", "drop", "noise", "random")
+GROUPED_INITS = ("virtual_group", "drop", "noise")
+
+
+def moe_shape(config: MoeConfig, init: InitConfig, *, ffn_width: int, layers: int) -> MoeShape:
+    """Check `moe.*` and return the shape.
+
+    Args:
+        config: the request.
+        init: a grouped initialization needs top_k to be a multiple of granularity.
+        ffn_width: width of the dense FFN.
+        layers: number of layers of the dense model.
+
+    Raises:
+        ConfigError: naming the option, what was found, and the nearest values that work.
+    """
+    for name in ("granularity", "top_k"):
+        _at_least(f"moe.{name}", getattr(config, name), 1)
+    _at_least("moe.shared_experts", config.shared_experts, 0)
+    _choice("moe.router_order", config.router_order, ROUTER_ORDERS)
+    expansion = _expansion(config)
+    if ffn_width % config.granularity:
+        divisors = [g for g in range(1, ffn_width + 1) if ffn_width % g == 0]
+        raise ConfigError(
+            "the FFN cannot be cut into moe.granularity shards of equal width",
+            found=f"d_ff {ffn_width} % granularity {config.granularity} = {ffn_width % config.granularity}",
+            expected="a divisor of d_ff",
+            remedy=f"set moe.granularity to {_nearest(config.granularity, divisors)}",
+        )
+    experts = expansion * config.granularity
+    if config.top_k > experts:
+        raise ConfigError(
+            "moe.top_k asks for more experts than there are",
+            found=f"top_k {config.top_k} of {experts} experts (E {expansion} * G {config.granularity})",
+            expected=f"at most {experts}",
+            remedy=f"set moe.top_k to {experts} or less, or raise moe.expansion",
+        )
+    if init.name in GROUPED_INITS and config.top_k % config.granularity:
+        multiples = range(config.granularity, experts + 1, config.granularity)
+        raise ConfigError(
+            "moe.top_k would break virtual groups: a group of granularity experts is the whole FFN only if all are active",
+            found=f"top_k {config.top_k} % granularity {config.granularity} = {config.top_k % config.granularity}",
+            expected="a multiple of granularity",
+            remedy=f"set moe.top_k to {_nearest(config.top_k, multiples)}, or take init=copy or init=random",
+        )
+    return MoeShape(
+        expansion=expansion,
+        granularity=config.granularity,
+        top_k=config.top_k,
+        router_order="softmax_topk" if config.router_order == "softmax_topk" else "topk_softmax",
+        shared_experts=config.shared_experts,
+        layers=moe_layers(config.layers, layers),
+    )
+
+
+def check_init(init: InitConfig) -> None:
+    """Check `init.*`.
+
+    Raises:
+        ConfigError: an unknown name or a number out of range.
+    """
+    _choice("init", init.name, INITS)
+    scaling = init.scaling
+    if isinstance(scaling, str):
+        _choice("init.scaling", scaling, SCALING_RULES, also="or a positive number")
+    elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or not 0 < scaling < math.inf:
+        raise ConfigError("init.scaling is out of range", found=scaling, expected="a positive number or a rule's name")
+    if init.router_std < 0:
+        raise ConfigError("init.router_std is out of range", found=init.router_std, expected="0 or more")
+    _choice("init.neurons", init.neurons, ("coherent", "independent"))
+    for name in ("ratio", "fraction"):
+        if not 0 <= getattr(init, name) <= 1:
+            raise ConfigError(f"init.{name} is out of range", found=getattr(init, name), expected="0 to 1")
+    if init.std < 0:
+        raise ConfigError("init.std is out of range", found=init.std, expected="0 or more")
+
+
+def moe_layers(request: object, layers: int) -> tuple[int, ...]:
+    """Indices of the MoE layers: "all", "every_K", or a list of indices.
+
+    Raises:
+        ConfigError: a form that is none of these, or an index that the model does not have.
+    """
+    expected = f"all, every_2 (or another number), or a list of indices from 0 to {layers - 1}"
+    if request == "all":
+        return tuple(range(layers))
+    if isinstance(request, str) and request.startswith("every_") and request[6:].isdigit() and int(request[6:]) > 0:
+        step = int(request[6:])
+        chosen: Sequence[int] = range(step - 1, layers, step)
+    elif isinstance(request, list) and all(isinstance(index, int) for index in request):
+        chosen = sorted(set(request))
+    else:
+        raise ConfigError("moe.layers is not understood", found=request, expected=expected)
+    if not chosen or chosen[0] < 0 or chosen[-1] >= layers:
+        raise ConfigError("moe.layers names no layer, or one that the model does not have", found=request, expected=expected)
+    return tuple(chosen)
+
+
+def _expansion(config: MoeConfig) -> int:
+    if config.expansion != int(config.expansion):
+        experts = config.expansion * config.granularity
+        low, high = max(1, math.floor(config.expansion)), math.ceil(config.expansion)
+        raise ConfigError(
+            "the number of experts N must be a multiple of moe.granularity, that is moe.expansion a whole number",
+            found=f"expansion {config.expansion:g} * granularity {config.granularity} = {experts:g} experts",
+            expected="N % granularity = 0",
+            remedy=f"set moe.expansion to {' or '.join(map(str, sorted({low, high})))}",
+        )
+    _at_least("moe.expansion", int(config.expansion), 1)
+    return int(config.expansion)
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{name} is out of range", found=value, expected=f"{least} or more")
+
+
+def _choice(name: str, value: str, known: Sequence[str], also: str = "") -> None:
+    if value not in known:
+        expected = f"{', '.join(known)} {also}".rstrip()
+        raise ConfigError(f"unknown value for {name}", found=value, expected=expected, remedy=near_misses(value, known))
+
+
+def _nearest(value: int, valid: Sequence[int]) -> str:
+    below = [v for v in valid if v < value][-1:]
+    above = [v for v in valid if v > value][:1]
+    return " or ".join(map(str, [*below, *above]))

@@ -1,0 +1,94 @@
+"""From options to a checked plan with its costs: what `plan` prints and `convert` executes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from upcycle.calibrate import measured_masses
+from upcycle.checkpoint import Shard, TensorSpec, dtype_bytes, layout_shards
+from upcycle.config import ConversionConfig
+from upcycle.errors import ConfigError
+from upcycle.plan.cost import Cost, cost
+from upcycle.plan.plan import Plan, TargetTensor, build_plan
+from upcycle.plan.request import check_init, moe_shape
+from upcycle.plan.scaling import expected_mass
+from upcycle.plan.select import select_target
+from upcycle.source import FLOATING, DenseSource, open_source
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """A conversion that is ready to run.
+
+    Attributes:
+        source: the dense model.
+        plan: every tensor to write.
+        cost: what it takes.
+        shards: the files to write.
+        free: bytes free where the output goes.
+    """
+
+    source: DenseSource
+    plan: Plan
+    cost: Cost
+    shards: tuple[Shard, ...]
+    free: int
+
+    def target_tensors(self) -> Mapping[str, TargetTensor]:
+        return {tensor.name: tensor for tensor in self.plan.tensors}
+
+
+def prepare(config: ConversionConfig, *, execute: bool) -> Conversion:
+    """Check the request, read headers, plan, and count the costs.
+
+    Args:
+        config: the options.
+        execute: whether the plan will run: weights must be there, and calibration measures.
+
+    Raises:
+        UpcycleError: anything wrong with the source or the request.
+    """
+    check_init(config.init)
+    max_shard_bytes = parse_size("max_shard_size", config.max_shard_size)
+    source = open_source(config.source, need_weights=execute)
+    model = source.model
+    moe = moe_shape(config.moe, config.init, ffn_width=model.ffn_width, layers=model.layers)
+    target, why = select_target(config.target, model, moe)
+    dtypes = source.dtypes(config.dtype)
+    masses = dict.fromkeys(moe.layers, expected_mass(moe))
+    if config.init.scaling == "calibrated" and moe.router_order == "softmax_topk" and execute:
+        masses = measured_masses(source, moe, config.init, seed=config.seed, tokens=config.calibration_tokens)
+    plan = build_plan(
+        model, moe, config.init, target, why, dtypes=dtypes, masses=masses, has_tied_head=source.has_tied_head
+    )
+    specs = [TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in plan.tensors]
+    return Conversion(
+        source=source,
+        plan=plan,
+        cost=cost(plan, model, bytes_per_element={code: dtype_bytes(code) for code in FLOATING}),
+        shards=layout_shards(specs, max_shard_bytes),
+        free=_free_bytes(Path(config.output or ".")),
+    )
+
+
+def parse_size(name: str, text: str) -> int:
+    """Bytes of a size such as 5GB, 500MB or 2GiB.
+
+    Raises:
+        ConfigError: not a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)", str(text), flags=re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise ConfigError(f"{name} is not a size", found=text, expected="a number and a unit, such as 5GB or 500MB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def _free_bytes(output: Path) -> int:
+    existing = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free

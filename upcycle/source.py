@@ -1,0 +1,262 @@
+"""Opens a dense model (directory, GGUF file or Hub id): its config, its tensors' headers, and lazily their values."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from upcycle.arch.families import FAMILIES
+from upcycle.arch.family import DenseModel, Shape, describe
+from upcycle.arch.targets import TARGETS
+from upcycle.checkpoint import TensorReader, gguf_config, open_reader, read_index_names
+from upcycle.errors import ConfigError, SourceError, near_misses
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+FLOATING = ("F64", "F32", "BF16", "F16")
+EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+AUXILIARY = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "*.model",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+)
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseSource:
+    """A dense model on disk.
+
+    Attributes:
+        given: what the user named.
+        path: directory or GGUF file.
+        model: the architecture with its sizes.
+        reader: lazy reader; None when only config and index are there.
+        stored: the model's tensor name -> the name in the files.
+    """
+
+    given: str
+    path: Path
+    model: DenseModel
+    reader: TensorReader | None
+    stored: Mapping[str, str]
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.path.suffix == ".gguf"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that decides the weights and the config."""
+        weights = self.reader.files if self.reader else ()
+        return tuple(sorted({*weights, self.path if self.is_gguf else self.path / "config.json"}))
+
+    @property
+    def has_tied_head(self) -> bool:
+        return self.model.tied and "lm_head.weight" in self.stored
+
+    def read(self, name: str) -> Tensor:
+        """A tensor by the model's name for it."""
+        if self.reader is None:
+            raise SourceError("the weights are not here", found=str(self.path), remedy="download the weight files")
+        return self.reader.read(self.stored[name])
+
+    def dtypes(self, dtype: str) -> dict[str, str]:
+        """Safetensors code of every tensor of the model once converted to `dtype` ("auto" keeps each tensor's own).
+
+        Raises:
+            ConfigError: an unknown dtype.
+            SourceError: a tensor that is not stored in floating point.
+        """
+        if dtype != "auto" and dtype not in DTYPES:
+            known = ("auto", *DTYPES)
+            raise ConfigError("unknown dtype", found=dtype, expected=", ".join(known), remedy=near_misses(dtype, known))
+        found = {name: self._stored_dtype(name) for name in self.model.tensors()}
+        integers = {name: code for name, code in found.items() if code not in FLOATING}
+        if integers:
+            name, code = next(iter(integers.items()))
+            raise SourceError(
+                f"the source cannot give dtype={dtype}: its weights are not stored in a floating-point type we read",
+                found=f"{name} is {code} (and {len(integers) - 1} more tensors)",
+                expected=", ".join(FLOATING),
+                remedy="dequantise the model and save it in bfloat16 first",
+            )
+        return found if dtype == "auto" else dict.fromkeys(found, DTYPES[dtype])
+
+    def _stored_dtype(self, name: str) -> str:
+        if self.reader is None:
+            return DTYPES[str(self.model.config.dtype or "float32").removeprefix("torch.")]
+        return self.reader.tensors[self.stored[name]].dtype
+
+    def auxiliary_files(self) -> list[Path]:
+        """Tokenizer, chat template, generation config and licence files of a directory, sorted."""
+        if self.is_gguf:
+            return []
+        found = {file for pattern in AUXILIARY for file in self.path.glob(pattern) if file.is_file()}
+        return sorted(found)
+
+
+def open_source(given: str, *, need_weights: bool = True) -> DenseSource:
+    """Open a dense model.
+
+    Args:
+        given: directory, GGUF file or Hub id.
+        need_weights: False accepts a directory that holds only config.json, with or without an index.
+
+    Raises:
+        SourceError: nothing there, not a dense model of a known family, quantised, or tensors that do not fit the config.
+    """
+    path = _resolve(given, need_weights=need_weights)
+    config = _gguf_config(path) if path.suffix == ".gguf" else _directory_config(path)
+    model = describe(FAMILIES[config.model_type], config)
+    if need_weights or path.suffix == ".gguf" or _has_weights(path):
+        reader = open_reader(path)
+        shapes: dict[str, Shape | None] = {name: info.shape for name, info in reader.tensors.items()}
+    else:
+        reader = None
+        names = read_index_names(path)
+        shapes = dict.fromkeys(names if names is not None else model.tensors())
+    return DenseSource(given=given, path=path, model=model, reader=reader, stored=_match(model, shapes))
+
+
+def _match(model: DenseModel, shapes: Mapping[str, Shape | None]) -> dict[str, str]:
+    """Map the model's names to stored names; every tensor must be there, fit, and be known."""
+    expected, prefix = model.tensors(), model.family.base_prefix
+    if model.tied:
+        expected = {**expected, "lm_head.weight": (model.sizes["V"], model.hidden_size)}
+    stored, unknown = {}, []
+    for name in shapes:
+        canonical = name if name in expected else prefix + name
+        if canonical in expected:
+            stored[canonical] = name
+        elif not name.endswith(model.family.ignored):
+            unknown.append(name)
+    if unknown:
+        raise SourceError(
+            f"the source has tensors that a {model.family.model_type} model does not have",
+            found=", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""),
+            expected=near_misses(unknown[0], expected) if len(expected) < 5000 else "names of the architecture",
+            remedy="check model_type in config.json; merge adapters and remove extra heads first",
+        )
+    missing = [name for name in model.tensors() if name not in stored]
+    if missing:
+        raise SourceError(
+            f"the source lacks tensors of a {model.family.model_type} model",
+            found=f"{len(stored)} tensors",
+            expected=", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else ""),
+            remedy="download the complete checkpoint",
+        )
+    for name, file_name in stored.items():
+        shape = shapes[file_name]
+        if shape is not None and tuple(shape) != expected[name]:
+            raise SourceError(
+                f"{file_name} does not have the shape that config.json says",
+                found=tuple(shape),
+                expected=expected[name],
+                remedy="take config.json and weights from the same model",
+            )
+    return stored
+
+
+def _has_weights(path: Path) -> bool:
+    return any(file for pattern in ("*.safetensors", "pytorch_model*.bin") for file in path.glob(pattern))
+
+
+def _resolve(given: str, *, need_weights: bool) -> Path:
+    path = Path(given).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.is_file():
+        raise SourceError(
+            "source is a file that is not GGUF", found=given, expected="a directory, a .gguf file or a Hub id"
+        )
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", given) or given.startswith("."):
+        raise SourceError(
+            "source does not exist",
+            found=given,
+            expected="a directory, a .gguf file or a Hub id such as HuggingFaceTB/SmolLM2-135M",
+        )
+    return _download(given, need_weights=need_weights)
+
+
+def _download(hub_id: str, *, need_weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["config.json", "*.index.json", *AUXILIARY, *(WEIGHTS if need_weights else ())]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise SourceError(
+            "the Hub model could not be had",
+            found=f"{hub_id}: {str(error).splitlines()[0]}",
+            remedy="check the name and the connection (HF_HUB_OFFLINE, HF_TOKEN), or give a local directory",
+        ) from error
+
+
+def _directory_config(path: Path) -> Any:
+    file = path / "config.json"
+    try:
+        raw = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise SourceError(
+            "the source has no config.json", found=str(path), remedy="give the model's directory"
+        ) from error
+    except ValueError as error:
+        raise SourceError("config.json is not JSON", found=f"{file}: {error}", remedy="download it again") from error
+    _check_raw(raw)
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise SourceError("config.json is not valid for its model_type", found=f"{file}: {error}") from error
+
+
+def _gguf_config(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    raw = gguf_config(path)
+    _check_raw(raw)
+    return AutoConfig.for_model(**raw)
+
+
+def _check_raw(raw: Mapping[str, Any]) -> None:
+    model_type = raw.get("model_type")
+    experts = {name: raw[name] for name in EXPERT_FIELDS if isinstance(raw.get(name), int) and raw[name] > 1}
+    if model_type in TARGETS or experts:
+        raise SourceError(
+            "the source is already a mixture of experts",
+            found=f"model_type={model_type} {experts or ''}".rstrip(),
+            expected="a dense model",
+            remedy="give the dense model; `upcycle inspect` shows what this one is",
+        )
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise SourceError(
+            "the source is quantised",
+            found=f"quantization_config with quant_method={method}",
+            expected="float32, bfloat16 or float16 weights",
+            remedy="load it in transformers, call dequantize(), and save it",
+        )
+    if model_type not in FAMILIES:
+        raise SourceError(
+            "unknown dense architecture",
+            found=f"model_type={model_type}",
+            expected=", ".join(sorted(FAMILIES)),
+            remedy=near_misses(str(model_type), FAMILIES),
+        )

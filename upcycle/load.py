@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,8 @@ def load_dense(source: DenseSource, dtype: torch.dtype = torch.float32) -> PreTr
     from transformers import AutoModelForCausalLM
 
     directory, options = _gguf_arguments(source)
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options).eval()
+    with _quietly():
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options).eval()
 
 
 def load_moe(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -61,3 +64,19 @@ def _gguf_arguments(source: DenseSource) -> tuple[Path, dict[str, Any]]:
     if source.is_gguf:
         return source.path.parent, {"gguf_file": source.path.name}
     return source.path, {}
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' progress bars, and without torch's word on qwen2_moe's shared expert of width 0."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors is a no-op")
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

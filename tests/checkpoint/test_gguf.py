@@ -37,8 +37,8 @@ def shapes(kv_heads: int = KV_HEADS) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def write_gguf(path, matrices, *, arch="llama", kv_heads=KV_HEADS, ffn=FFN, dropped=(), extra=None):
-    """Write a tiny model whose matrices are stored, in turn, in the `matrices` types and whose vectors are F32."""
+def write_gguf(path, matrices, *, arch="llama", kv_heads=KV_HEADS, ffn=FFN, dropped=(), extra=None, vectors=Kind.F32):
+    """Write a tiny model whose matrices are stored, in turn, in the `matrices` types and whose vectors in `vectors`."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name("tiny")
     writer.add_context_length(128)
@@ -63,7 +63,7 @@ def write_gguf(path, matrices, *, arch="llama", kv_heads=KV_HEADS, ffn=FFN, drop
     stored = shapes(kv_heads or HEADS) | (extra or {})
     for position, (name, shape) in enumerate(stored.items()):
         values = generator.standard_normal(shape, dtype=np.float32)
-        kind = matrices[position % len(matrices)] if len(shape) > 1 else Kind.F32
+        kind = matrices[position % len(matrices)] if len(shape) > 1 else vectors
         if name not in dropped:
             writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
@@ -97,6 +97,7 @@ def test_equals_transformers(tmp_path, matrices, dropped):
     assert {info.dtype for info in reader.tensors.values()} == expected
 
 
+@pytest.mark.parametrize("vectors", [Kind.F32, Kind.F16])
 @pytest.mark.parametrize(
     ("arch", "per_layer"),
     [
@@ -104,9 +105,10 @@ def test_equals_transformers(tmp_path, matrices, dropped):
         ("gemma2", {"post_attention_norm.weight": (HIDDEN,), "post_ffw_norm.weight": (HIDDEN,)}),
     ],
 )
-def test_other_families(tmp_path, arch, per_layer):
+def test_other_families(tmp_path, arch, per_layer, vectors):
     extra = {f"blk.{layer}.{name}": shape for layer in range(LAYERS) for name, shape in per_layer.items()}
-    path = write_gguf(tmp_path / "tiny.gguf", [Kind.Q8_0], arch=arch, dropped=("output.weight",), extra=extra)
+    options = {"arch": arch, "dropped": ("output.weight",), "extra": extra, "vectors": vectors}
+    path = write_gguf(tmp_path / "tiny.gguf", [Kind.Q8_0], **options)
     reader, state = open_reader(path), loaded(path).state_dict()
     assert state.keys() - reader.tensors.keys() == {"lm_head.weight"}
     assert all(torch.equal(reader.read(name), state[name]) for name in reader.tensors)

@@ -93,6 +93,24 @@ def test_wrong_chunks_are_refused(tmp_path, chunks):
         assert not staging.has(shard)
 
 
+def test_a_file_has_its_name_only_when_complete(tmp_path, tensors):
+    (shard,) = layout_shards(specs_of(tensors), 10**9)
+    with start(tmp_path / "out") as staging:
+        path = staging.directory / shard.file
+        seen = []
+        staging.write_shard(shard, rows(tensors), lambda _: seen.append(path.exists()))
+        assert seen
+        assert not any(seen)
+        assert path.exists()
+
+
+def test_starting_again_forgets_the_earlier_run(tmp_path, tensors):
+    interrupted(tmp_path / "out", tensors, fingerprint="a much longer one")
+    shards = interrupted(tmp_path / "out", tensors, overwrite=True)
+    with start(tmp_path / "out", resume=True) as staging:
+        assert staging.has(shards[0])
+
+
 def test_nothing_appears_before_commit(tmp_path):
     output = tmp_path / "out"
     with start(output) as staging:

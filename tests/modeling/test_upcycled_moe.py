@@ -16,7 +16,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from upcycle.modeling import REMOTE_CODE_FILES
 from upcycle.modeling.configuration_upcycled_moe import UpcycledMoeConfig
 from upcycle.modeling.modeling_upcycled_moe import UpcycledMoeForCausalLM, UpcycledMoeSparseMoeBlock
-from upcycle.modeling.register import register
+from upcycle.modeling.register import register_config, register_model
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -166,7 +166,6 @@ def test_generation_follows_phi3_when_its_rotary_factors_change():
 
 @torch.no_grad()
 def test_saving_and_loading_is_exact(pair, tmp_path):
-    register()
     dense, moe = pair
     moe.save_pretrained(tmp_path)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -210,6 +209,13 @@ def test_a_saved_model_loads_where_upcycle_is_not_installed(tmp_path):
     assert torch.equal(torch.load(source / "logits.pt"), moe(prompt()).logits)
     for file in REMOTE_CODE_FILES:
         assert file.read_bytes() == (source / file.name).read_bytes() == (target / file.name).read_bytes()
+
+
+def test_registering_twice_is_harmless():
+    for register in (register_config, register_model) * 2:
+        register()
+    assert AutoConfig.for_model(**moe_config(dense_model("llama")).to_dict()).granularity == 1
+    assert AutoModelForCausalLM._model_mapping[UpcycledMoeConfig] is UpcycledMoeForCausalLM
 
 
 def test_remote_code_imports_only_torch_transformers_and_the_standard_library():
@@ -282,7 +288,6 @@ def test_block_matches_the_reference_in_outputs_and_gradients(gated, bias, order
 
 @torch.no_grad()
 def test_implementations_can_be_chosen_at_load_and_changed_later(llama, tmp_path):
-    register()
     llama.save_pretrained(tmp_path)
     eager = {"experts_implementation": "eager", "attn_implementation": "eager"}
     model = AutoModelForCausalLM.from_pretrained(tmp_path, **eager)
@@ -299,7 +304,6 @@ def test_implementations_can_be_chosen_at_load_and_changed_later(llama, tmp_path
 
 
 def test_router_logits_are_float32_whatever_the_dtype(llama, tmp_path):
-    register()
     llama.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert model.dtype == model.moe_blocks[0].experts.down_proj.dtype == torch.bfloat16

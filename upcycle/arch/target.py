@@ -74,6 +74,8 @@ class Target:
         dense_layers: whether some layers may keep their FFN.
         generic: the type takes any backbone, un-gated FFNs and biases.
         layout: the names on disk.
+        blocks: modules of a layer in memory whose outputs together replace the FFN's.
+        router_module: the router's module in memory, inside the layer.
         fields: the fields of config.json that are the type's own.
     """
 
@@ -89,6 +91,8 @@ class Target:
     dense_layers: bool = False
     generic: bool = False
     layout: Layout
+    blocks: tuple[str, ...] = ("mlp",)
+    router_module: str = "mlp.gate"
     fields: Callable[[DenseModel, MoeShape], dict[str, Any]]
 
     def objections(self, model: DenseModel, moe: MoeShape) -> tuple[Objection, ...]:

@@ -39,5 +39,7 @@ TARGET = Target(
         },
         shared={"gate_up": "shared_mlp.input_linear.weight", "down": "shared_mlp.output_linear.weight"},
     ),
+    blocks=("block_sparse_moe", "shared_mlp"),
+    router_module="block_sparse_moe.router",
     fields=fields,
 )

@@ -1,0 +1,83 @@
+"""The equivalence report: table, JSON and figure."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from upcycle.errors import OutputError
+
+REPORT = "equivalence.json"
+FIGURE = "equivalence.png"
+
+
+def write_report(report: Mapping[str, Any], directory: str) -> None:
+    """Write equivalence.json and equivalence.png into the MoE's directory, each under its name only when complete.
+
+    Raises:
+        OutputError: the directory cannot be written.
+    """
+    folder = Path(directory).expanduser()
+    try:
+        unfinished = folder / f".{REPORT}"
+        unfinished.write_text(json.dumps(report, indent=2) + "\n")
+        os.replace(unfinished, folder / REPORT)
+        unfinished = folder / f".{FIGURE}"
+        _figure(report, unfinished)
+        os.replace(unfinished, folder / FIGURE)
+    except OSError as error:
+        raise OutputError("the report cannot be written", found=str(error), remedy="make moe=DIR writable") from error
+
+
+def report_table(report: Mapping[str, Any]) -> RenderableType:
+    """The report for people."""
+    table = Table(box=box.SIMPLE, show_header=False, title=f"{report['name']} ({report['model_type']}) against dense")
+    text = report["text"]
+    rows = [
+        ("text", f"{text['file']}, {text['tokens']} tokens, float32"),
+        ("dense loss", f"{report['dense_loss']:.5f} nats per token"),
+        ("MoE loss", f"{report['moe_loss']:.5f} nats per token"),
+        ("gap", f"{100 * report['loss_gap']:+.4f} % (tolerance {100 * report['tolerance']:g} %)"),
+        ("KL(dense || MoE)", f"{report['kl']:.3e} nats per token"),
+        ("same top-1 token", f"{100 * report['top1_agreement']:.2f} %"),
+        ("whole groups", f"{100 * report['whole_groups']:.3f} % of routed tokens"),
+        ("FFN output error", f"at most {report['max_ffn_relative_error']:.3e} of its norm"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    lines = [f"expected: {line}" for line in report["expected_losses"] or ()]
+    lines.append("equivalent" if report["passed"] else "NOT equivalent: the gap is over the tolerance")
+    return Group(table, _layer_table(report), *map(Text, lines))
+
+
+def _layer_table(report: Mapping[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE, title="by layer")
+    for column in ("layer", "FFN output error", "whole groups"):
+        table.add_column(column, justify="right")
+    for layer in report["layers"]:
+        error, whole = layer["ffn_relative_error"], layer["whole_groups"]
+        table.add_row(str(layer["layer"]), f"{error:.3e}", f"{100 * whole:.3f} %")
+    return table
+
+
+def _figure(report: Mapping[str, Any], file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    layers = report["layers"]
+    axes.plot([layer["layer"] for layer in layers], [layer["ffn_relative_error"] for layer in layers], marker="o")
+    axes.set_yscale("log")
+    axes.set_xlabel("layer")
+    axes.set_ylabel("relative error of the FFN block's output")
+    axes.set_title(f"{report['name']} ({report['model_type']}): loss gap {100 * report['loss_gap']:+.4f} %")
+    axes.grid(visible=True, which="both", alpha=0.3)
+    figure.savefig(file, format="png", dpi=120)

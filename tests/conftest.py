@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import conversions
@@ -15,30 +16,23 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 logging.disable_progress_bar()
+torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other on a busy machine cost seconds
 
 
 @pytest.fixture(scope="session")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Returns the checkpoint of a model of the table, saved on first use, some in one file and some in several."""
-    root, saved = tmp_path_factory.mktemp("dense"), {}
+    root = tmp_path_factory.mktemp("dense")
 
+    @functools.cache
     def checkpoint(name: str) -> Path:
-        if name not in saved:
-            size = "20KB" if name in models.SHARDED else "5GB"
-            saved[name] = models.save(models.build(name), root / name, max_shard_size=size)
-        return saved[name]
+        size = "20KB" if name in models.SHARDED else "5GB"
+        return models.save(models.build(name), root / name, max_shard_size=size)
 
     return checkpoint
 
 
 @pytest.fixture(scope="session")
-def dense_logits(dense: Callable[[str], Path]) -> Callable[[str], torch.Tensor]:
-    """Returns the logits of a model of the table on the test sequences, in float32."""
-    known: dict[str, torch.Tensor] = {}
-
-    def of(name: str) -> torch.Tensor:
-        if name not in known:
-            known[name] = conversions.logits(dense(name))
-        return known[name]
-
-    return of
+def dense_outputs(dense: Callable[[str], Path]) -> Callable[[str], dict[str, torch.Tensor]]:
+    """Returns what a model of the table computes for the test sequences, in float32."""
+    return functools.cache(lambda name: conversions.outputs(dense(name)))

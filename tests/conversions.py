@@ -6,26 +6,35 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from models import token_ids
+from models import config, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from upcycle.arch.families import FAMILIES
+from upcycle.arch.family import describe
 from upcycle.config import ConvertConfig, InitConfig, MoeConfig
 from upcycle.convert import convert
+from upcycle.plan.plan import build_plan
+from upcycle.plan.request import moe_shape
+from upcycle.plan.scaling import expected_mass
+from upcycle.plan.select import select_target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
 
+    from upcycle.arch.family import DenseModel
     from upcycle.plan.plan import Plan
     from upcycle.prepare import Conversion
 
 ROUTER_ORDERS = ("softmax_topk", "topk_softmax")
-# Softmax-then-topK weighs groups by their probability, which a router of this standard deviation keeps within about
-# 1e-4 of 1/E; much smaller ones let two groups tie in float32 now and then, which would break both.
+# A much smaller one lets two groups tie in float32 now and then, which would break both.
 ROUTER_STD = 2e-5
+# Softmax-then-topK weighs a group by its probability: ROUTER_STD keeps it within about 1e-4 of 1/E, and the largest
+# difference seen is 3e-3. With topK-then-softmax only the order of sums differs: 4e-6.
+TOLERANCE = {"softmax_topk": 6e-3, "topk_softmax": 1e-5}
 
 
 def options(source: Path | str, output: Path | str, *, init: str = "virtual_group", **changes: Any) -> ConvertConfig:
@@ -34,7 +43,7 @@ def options(source: Path | str, output: Path | str, *, init: str = "virtual_grou
         expansion=4, granularity=2, top_k=2, router_order="softmax_topk", shared_experts=0, layers="all"
     )
     start = InitConfig(name=init, scaling="exact", router_std=ROUTER_STD, ratio=0.5, std=0.1)
-    config = ConvertConfig(
+    request = ConvertConfig(
         source=str(source),
         output=str(output),
         target="auto",
@@ -48,9 +57,10 @@ def options(source: Path | str, output: Path | str, *, init: str = "virtual_grou
         resume=False,
     )
     for part in ("moe", "init"):
-        named = {name: changes.pop(name) for name in list(changes) if name in getattr(config, part).__dict__}
-        config = replace(config, **{part: replace(getattr(config, part), **named)})
-    return replace(config, **changes)
+        before = getattr(request, part)
+        named = {name: changes.pop(name) for name in list(changes) if hasattr(before, name)}
+        request = replace(request, **{part: replace(before, **named)})
+    return replace(request, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +69,6 @@ class Converted:
 
     directory: Path
     plan: Plan
-
-    def logits(self) -> Tensor:
-        return logits(self.directory)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return read_tensors(self.directory)
 
 
 def run(config: ConvertConfig) -> Converted:
@@ -79,25 +83,55 @@ def run(config: ConvertConfig) -> Converted:
     return Converted(directory=directory, plan=seen[0].plan)
 
 
+def described(name: str, **changes: Any) -> DenseModel:
+    """A model of the table as names and shapes, with fields of its config changed."""
+    made = config(name, **changes)
+    return describe(FAMILIES[made.model_type], made)
+
+
+def planned(model: DenseModel, **changes: Any) -> Plan:
+    """The plan for a model of which only the config is there."""
+    request = options("source", "output", **changes)
+    moe = moe_shape(request.moe, request.init, ffn_width=model.ffn_width, layers=model.layers)
+    target, why = select_target(request.target, model, moe)
+    dtypes, masses = dict.fromkeys(model.tensors(), "F32"), dict.fromkeys(moe.layers, expected_mass(moe))
+    return build_plan(model, moe, request.init, target, why, dtypes=dtypes, masses=masses)
+
+
 def load(directory: Path, **arguments: Any) -> nn.Module:
     """A checkpoint through plain transformers, in float32, refusing missing, unexpected and mismatched tensors."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        directory, output_loading_info=True, **{"dtype": torch.float32, **arguments}
-    )
+    defaults = {"dtype": torch.float32, "experts_implementation": "eager"}
+    model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **defaults | arguments)
     problems = {kind: found for kind, found in info.items() if found}
     assert not problems, problems
     return model.eval()
 
 
-def logits(directory: Path) -> Tensor:
-    """Logits of the test sequences in float32."""
+def outputs(directory: Path) -> dict[str, Tensor]:
+    """What a checkpoint computes for the test sequences, in float32.
+
+    The logits, and what goes into every norm that follows an FFN, because such a norm hides a wrong scale.
+    """
+    model, seen = load(directory), {}
+    for name, module in model.named_modules():
+        if name.endswith("post_feedforward_layernorm"):
+            key = name.removeprefix("language_model.")
+            module.register_forward_pre_hook(lambda _module, inputs, key=key: seen.update({key: inputs[0]}))
     with torch.inference_mode():
-        return load(directory, experts_implementation="eager")(token_ids()).logits
+        return {"logits": model(token_ids()).logits, **seen}
 
 
-def gap(found: Tensor, dense: Tensor) -> float:
-    """Largest difference of two models' logits, which are of order 1."""
-    return float((found - dense).abs().max())
+def gap(directory: Path, dense: Mapping[str, Tensor]) -> float:
+    """Largest difference between what a checkpoint and the dense model compute; the values are of order 1."""
+    found = outputs(directory)
+    assert found.keys() == dense.keys()
+    return max(float((found[name] - dense[name]).abs().max()) for name in dense)
+
+
+def assert_lossless(directory: Path, dense: Mapping[str, Tensor], tolerance: float) -> None:
+    """The one assertion of losslessness, which every mutant must fail."""
+    found = gap(directory, dense)
+    assert found <= tolerance, f"differs by {found:.2g} from the dense model, tolerance {tolerance:g}"
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:

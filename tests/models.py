@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.trainers import BpeTrainer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,3 +103,15 @@ def save(model: nn.Module, directory: Path, *, max_shard_size: str = "5GB", dtyp
 def token_ids() -> torch.Tensor:
     """Two sequences of token ids, [2, LENGTH]."""
     return torch.randint(4, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer of VOCAB tokens with the special tokens that the models' configs name, and a chat template."""
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    made = Tokenizer(BPE(unk_token="<unk>"))
+    made.pre_tokenizer = Whitespace()
+    text = ["def parse(self, argument): return argument", "class Action: pass", "import sys, os, re"]
+    made.train_from_iterator(text, BpeTrainer(vocab_size=VOCAB, special_tokens=special, show_progress=False))
+    named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    template = "{% for message in messages %}<s>{{ message.role }}: {{ message.content }}</s>{% endfor %}"
+    return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=template, **named)

@@ -39,24 +39,24 @@ def measured_masses(
     """
     model = load_dense(source)
     modules = ffn_modules(model, source.model.ffn_module(), moe.layers)
-    masses: dict[int, float] = {}
+    masses: dict[int, list[Tensor]] = {layer: [] for layer in modules}
 
     def watch(layer: int, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
         router = _router(source, moe, init, layer, seed)
 
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             probabilities = (args[0].float().flatten(0, -2) @ router.T).softmax(-1)
-            masses[layer] = float(probabilities.topk(moe.top_k).values.sum(-1).mean())
+            masses[layer].append(probabilities.topk(moe.top_k).values.sum(-1))
 
         return module.register_forward_pre_hook(hook)
 
     handles = [watch(layer, module) for layer, module in modules.items()]
-    ids = sample_tokens(source, tokens=tokens)
     with torch.inference_mode():
-        model(input_ids=ids[None])
+        for ids in sample_tokens(source, tokens=tokens).split(source.model.sizes["P"]):
+            model(input_ids=ids[None])
     for handle in handles:
         handle.remove()
-    return masses
+    return {layer: float(torch.cat(each).mean()) for layer, each in masses.items()}
 
 
 def _router(source: DenseSource, moe: MoeShape, init: InitConfig, layer: int, seed: int) -> Tensor:

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from upcycle import config as options
+from upcycle.arguments import CONF, literal_paths, quoted, readable
+from upcycle.completion import complete
 from upcycle.errors import ConfigError, UpcycleError, near_misses
 
-CONF = Path(__file__).parent / "conf"
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
 FULL_ERROR = "HYDRA_FULL_ERROR"
+EXPECTED_ERRORS = (UpcycleError, HydraException, OmegaConfBaseException, OSError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +39,14 @@ class Command:
         summary: one line for `upcycle --help`.
         options: dataclass of its options.
         function: "module:function" that takes the options and returns the exit status.
-        positional: option that the first bare argument stands for.
+        paths: options that are paths, whose values are taken literally.
+        positional: option that a bare first argument stands for.
     """
 
     summary: str
     options: type
     function: str
+    paths: tuple[str, ...]
     positional: str | None = None
 
 
@@ -45,64 +55,109 @@ COMMANDS = {
         summary="what convert would do, and what it would cost",
         options=options.PlanConfig,
         function="upcycle.commands:plan",
+        paths=("source", "output"),
     ),
     "convert": Command(
         summary="dense checkpoint in, fine-grained MoE checkpoint out",
         options=options.ConvertConfig,
         function="upcycle.commands:convert",
+        paths=("source", "output"),
     ),
     "verify": Command(
         summary="dense against MoE: the equivalence report",
         options=options.VerifyConfig,
         function="upcycle.commands:verify",
+        paths=("source", "moe", "text"),
     ),
     "inspect": Command(
         summary="what a checkpoint is",
         options=options.InspectConfig,
         function="upcycle.commands:inspect",
+        paths=("path",),
         positional="path",
     ),
 }
 
 
+class _StandardError(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"upcycle: {self.format(record)}", file=sys.stderr)
+
+
 def main() -> None:
     """Entry point of the `upcycle` command."""
     arguments = sys.argv[1:]
-    if "-sc" in arguments or "--shell-completion" in arguments:
-        _complete()
-        return
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return
+    logger = logging.getLogger("upcycle")
+    logger.handlers = [_StandardError()]
+    logger.setLevel(logging.INFO)
     show_trace = os.environ.get(FULL_ERROR) == "1"
     try:
-        name = _command_name(arguments[0])
-        sys.exit(_run(name, _expand_positional(COMMANDS[name], arguments[1:]), show_trace=show_trace))
-    except (UpcycleError, HydraException, OmegaConfBaseException) as error:
+        with _full_errors():
+            if "-sc" in arguments or "--shell-completion" in arguments:
+                complete(COMMANDS)
+                return
+            name = _command_name(arguments[0])
+            status = _run(name, arguments[1:], show_trace=show_trace)
+            sys.stdout.flush()
+            sys.exit(status)
+    except BrokenPipeError:
+        _stop_printing()
+        sys.exit(1)
+    except EXPECTED_ERRORS as error:
         if show_trace:
             raise
-        print(f"upcycle: {_readable(error, arguments[0])}", file=sys.stderr)
+        print(f"upcycle: {readable(error, arguments[0])}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
+        print("upcycle: interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def _run(name: str, arguments: Sequence[str], *, show_trace: bool) -> int:
+@contextmanager
+def _full_errors() -> Iterator[None]:
+    """Let Hydra raise its errors instead of printing them."""
+    before = os.environ.get(FULL_ERROR)
     os.environ[FULL_ERROR] = "1"
-    sys.argv = [sys.argv[0], *arguments]
-    statuses: list[int] = []
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[FULL_ERROR]
+        else:
+            os.environ[FULL_ERROR] = before
+
+
+def _stop_printing() -> None:
+    """The reader, such as `head`, has had enough: nothing may be flushed to it any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run(name: str, arguments: Sequence[str], *, show_trace: bool) -> int:
+    command, statuses = COMMANDS[name], list[int]()
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
     def application(composed: DictConfig) -> None:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            print(f"upcycle: {name} {' '.join(HydraConfig.get().overrides.task)}", file=sys.stderr)
         try:
-            statuses.append(_execute(COMMANDS[name], composed))
-        except UpcycleError as error:
+            statuses.append(_execute(command, composed))
+        except BrokenPipeError:
+            _stop_printing()
+            statuses.append(1)
+        except EXPECTED_ERRORS as error:
             if show_trace:
                 raise
-            print(f"upcycle: {error}", file=sys.stderr)
+            print(f"upcycle: {readable(error, name)}", file=sys.stderr)
             statuses.append(1)
 
-    application()
+    given = literal_paths(command.paths, _expand_positional(command, arguments))
+    # Hydra writes multirun.yaml into the sweep's directory, whatever its other settings say.
+    with tempfile.TemporaryDirectory(prefix="upcycle-") as scratch:
+        sys.argv = [sys.argv[0], *given, f"hydra.sweep.dir={quoted(scratch)}"]
+        application()
     return max(statuses, default=0)
 
 
@@ -116,53 +171,49 @@ def typed_options(kind: type, composed: DictConfig) -> Any:
     """Merge a composed config into its frozen dataclass.
 
     Raises:
-        ConfigError: a required option is missing, or a value has the wrong type.
+        ConfigError: a required option is missing, one is unknown, or a value has the wrong type.
     """
     missing = sorted(key for key in OmegaConf.missing_keys(composed) if not key.startswith("hydra"))
     if missing:
-        raise ConfigError(
-            "a required option is missing", found="nothing", expected=f"{missing[0]}=…", remedy=f"add {missing[0]}=VALUE"
-        )
-    plain = {key: value for key, value in OmegaConf.to_container(composed, resolve=True).items() if key != "hydra"}
+        raise _missing(missing[0])
+    plain: Any = OmegaConf.to_container(composed, resolve=True)
+    plain.pop("hydra", None)
     try:
         return TypeAdapter(kind).validate_python(plain)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{name} is not valid", found=first["input"], expected=first["msg"]) from error
+        if first["type"] == "unexpected_keyword_argument":
+            raise ConfigError("unknown option", found=name, remedy="leave it out") from error
+        if first["type"].startswith("missing"):
+            raise _missing(name) from error
+        found = "null" if first["input"] is None else first["input"]
+        expected = first["msg"].removeprefix("Input should be ")
+        raise ConfigError(f"{name} is not valid", found=found, expected=expected) from error
+
+
+def _missing(name: str) -> ConfigError:
+    return ConfigError(
+        "a required option is missing", found="nothing", expected=f"{name}=…", remedy=f"add {name}=VALUE"
+    )
 
 
 def _command_name(given: str) -> str:
     if given not in COMMANDS:
-        raise ConfigError("unknown command", found=given, expected=", ".join(COMMANDS), remedy=near_misses(given, COMMANDS))
+        raise ConfigError(
+            "unknown command", found=given, expected=", ".join(COMMANDS), remedy=near_misses(given, COMMANDS)
+        )
     return given
 
 
 def _expand_positional(command: Command, arguments: Sequence[str]) -> list[str]:
-    if command.positional and arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
-        quoted = arguments[0].replace("\\", "\\\\").replace("'", "\\'")
-        return [f"{command.positional}='{quoted}'", *arguments[1:]]
-    return list(arguments)
-
-
-def _readable(error: Exception, command: str) -> str:
-    if isinstance(error, UpcycleError):
-        return str(error)
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    key = getattr(cause, "full_key", None)
-    if key and "not in struct" in str(cause):
-        known = _known_keys(command)
-        return str(ConfigError("unknown option", found=key, expected=near_misses(key, known), remedy=f"upcycle {command} --help"))
-    return "\n  ".join(line.strip() for line in str(error).splitlines() if line.strip())
-
-
-def _known_keys(command: str) -> list[str]:
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        composed = hydra.compose(config_name=command)
-    keys = []
-    for key, value in composed.items_ex(resolve=False):
-        keys += [f"{key}.{inner}" for inner in value] if isinstance(value, DictConfig) else [str(key)]
-    return keys
+    """Put the option's name before a bare first argument; a path may well contain "="."""
+    if not command.positional or not arguments or arguments[0].startswith(("-", "+", "~", "hydra")):
+        return list(arguments)
+    key, equals, _ = arguments[0].partition("=")
+    if equals and key in {field.name for field in fields(command.options)}:
+        return list(arguments)
+    return [f"{command.positional}={quoted(arguments[0])}", *arguments[1:]]
 
 
 def _usage() -> str:
@@ -177,15 +228,3 @@ def _usage() -> str:
             'Tab completion: eval "$(upcycle -sc install=bash)"',
         ]
     )
-
-
-def _complete() -> None:
-    """Answer the shell: command names for the first word, Hydra's completion of that command after it."""
-    line = os.environ.get("COMP_LINE", "")
-    words = line.split()
-    if "query" in sys.argv[-1] and (len(words) < 2 or (len(words) == 2 and not line.endswith(" "))):
-        print(" ".join(COMMANDS))
-        return
-    name = words[1] if len(words) > 1 and words[1] in COMMANDS else "convert"
-    os.environ["COMP_LINE"] = line.replace(f" {name}", "", 1)
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(lambda _composed: None)()

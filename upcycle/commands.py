@@ -49,7 +49,8 @@ def convert(config: ConvertConfig) -> int:
     try:
         output = run(config, on_plan=on_plan)
     finally:
-        progress.stop()
+        if progress.live.is_started:
+            progress.stop()
     print(f"wrote {output}\nnext: upcycle verify source={config.source} moe={output}")
     return 0
 

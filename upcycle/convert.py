@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,22 @@ import torch
 
 from upcycle.arch.targets import TARGETS
 from upcycle.card import model_card
-from upcycle.checkpoint import Staging, TensorSpec, hash_files, index_json, torch_dtype, write_gguf_tokenizer
+from upcycle.checkpoint import (
+    Staging,
+    TensorSpec,
+    check_replaceable,
+    hash_files,
+    index_json,
+    torch_dtype,
+    write_gguf_tokenizer,
+)
 from upcycle.config import ConvertConfig
-from upcycle.errors import OutputError
+from upcycle.errors import OutputError, SourceError
 from upcycle.manifest import MANIFEST, manifest_json
 from upcycle.materialise import Materialiser
 from upcycle.modeling import REMOTE_CODE_FILES
 from upcycle.prepare import Conversion, prepare
+from upcycle.source import expanded
 
 logger = logging.getLogger("upcycle")
 
@@ -43,12 +54,13 @@ def convert(config: ConvertConfig, *, on_plan: Callable[[Conversion], OnBytes]) 
     Raises:
         UpcycleError: a bad request, source or output; nothing is left under the output's name.
     """
+    output = expanded(config.output)
+    check_replaceable(output.resolve(), overwrite=config.overwrite)  # before a download, and before calibration
     conversion = prepare(config, execute=True)
-    output = Path(config.output).expanduser()
     staging = Staging.open(
         output, fingerprint=_fingerprint(conversion, config), overwrite=config.overwrite, resume=config.resume
     )
-    with staging:
+    with staging, _keeping_what_can_be_resumed(staging, conversion):
         missing = [shard for shard in conversion.shards if not staging.has(shard)]
         _check_disk(sum(shard.nbytes for shard in missing), conversion.free, output)
         source, tensors = conversion.source, conversion.target_tensors()
@@ -73,6 +85,22 @@ def convert(config: ConvertConfig, *, on_plan: Callable[[Conversion], OnBytes]) 
         _auxiliary(conversion, staging)
         staging.commit()
     return output
+
+
+@contextmanager
+def _keeping_what_can_be_resumed(staging: Staging, conversion: Conversion) -> Iterator[None]:
+    """After an error, delete the staging directory unless a file in it is complete and may serve a second run.
+
+    An error in the source leaves nothing that may: the mended source is another one.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, SourceError) or not any(map(staging.has, conversion.shards)):
+            shutil.rmtree(staging.directory, ignore_errors=True)
+        elif staging.directory.exists():
+            logger.warning("%s keeps what is complete: continue with resume=true", staging.directory)
+        raise
 
 
 def output_config(conversion: Conversion) -> dict[str, Any]:

@@ -24,9 +24,13 @@ def load_dense(source: DenseSource, dtype: torch.dtype = torch.float32) -> PreTr
     """The dense model in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
-    directory, options = _gguf_arguments(source)
-    with _quietly():
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options).eval()
+    if not source.is_gguf:
+        with _quietly():
+            return AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_config(source.model.config, dtype=dtype)
+    model.load_state_dict({name: source.read(name) for name in source.model.tensors()}, strict=False)
+    model.tie_weights()
+    return model.eval()
 
 
 def load_moe(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

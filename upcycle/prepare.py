@@ -11,13 +11,13 @@ from pathlib import Path
 from upcycle.calibrate import measured_masses
 from upcycle.checkpoint import Shard, TensorSpec, dtype_bytes, layout_shards
 from upcycle.config import ConversionConfig
-from upcycle.errors import ConfigError
+from upcycle.errors import ConfigError, OutputError
 from upcycle.plan.cost import Cost, cost
 from upcycle.plan.plan import Plan, TargetTensor, build_plan
 from upcycle.plan.request import check_init, moe_shape
 from upcycle.plan.scaling import expected_mass
 from upcycle.plan.select import select_target
-from upcycle.source import FLOATING, DenseSource, open_source
+from upcycle.source import FLOATING, DenseSource, expanded, open_source
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -57,6 +57,8 @@ def prepare(config: ConversionConfig, *, execute: bool) -> Conversion:
     check_init(config.init)
     max_shard_bytes = parse_size("max_shard_size", config.max_shard_size)
     source = open_source(config.source, need_weights=execute)
+    if config.output:
+        check_apart(source.path, expanded(config.output))
     model = source.model
     moe = moe_shape(config.moe, config.init, ffn_width=model.ffn_width, layers=model.layers)
     target, why = select_target(config.target, model, moe)
@@ -73,7 +75,7 @@ def prepare(config: ConversionConfig, *, execute: bool) -> Conversion:
         plan=plan,
         cost=cost(plan, model, bytes_per_element={code: dtype_bytes(code) for code in FLOATING}),
         shards=layout_shards(specs, max_shard_bytes),
-        free=_free_bytes(Path(config.output or ".")),
+        free=_free_bytes(expanded(config.output or ".")),
     )
 
 
@@ -84,9 +86,26 @@ def parse_size(name: str, text: str) -> int:
         ConfigError: not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)", str(text), flags=re.IGNORECASE)
-    if not match or float(match[1]) <= 0:
+    size = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
+    if not size:
         raise ConfigError(f"{name} is not a size", found=text, expected="a number and a unit, such as 5GB or 500MB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    return size
+
+
+def check_apart(source: Path, output: Path) -> None:
+    """Check that neither of two paths is, or lies inside, the other.
+
+    Raises:
+        OutputError: they overlap, so that replacing the output could destroy the source.
+    """
+    one, other = source.resolve(), output.resolve()
+    if one.is_relative_to(other) or other.is_relative_to(one):
+        raise OutputError(
+            "the output and the source overlap",
+            found=f"output {other}, source {one}",
+            expected="two directories of which neither holds the other",
+            remedy="choose another output",
+        )
 
 
 def _free_bytes(output: Path) -> int:

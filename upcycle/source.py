@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 from upcycle.arch.families import FAMILIES
 from upcycle.arch.family import DenseModel, Shape, describe
 from upcycle.arch.targets import TARGETS
-from upcycle.checkpoint import TensorReader, gguf_config, open_reader, read_index_names
+from upcycle.checkpoint import TensorReader, code_from_name, gguf_config, open_reader, read_index_names
 from upcycle.errors import ConfigError, SourceError, near_misses
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -99,7 +100,7 @@ class DenseSource:
 
     def _stored_dtype(self, name: str) -> str:
         if self.reader is None:
-            return DTYPES[str(self.model.config.dtype or "float32").removeprefix("torch.")]
+            return code_from_name(str(self.model.config.dtype or "float32").removeprefix("torch."))
         return self.reader.tensors[self.stored[name]].dtype
 
     def auxiliary_files(self) -> list[Path]:
@@ -172,12 +173,17 @@ def _match(model: DenseModel, shapes: Mapping[str, Shape | None]) -> dict[str, s
     return stored
 
 
+def expanded(path: str) -> Path:
+    """A path with `~` expanded, which shells do not always do after `=`; an unknown user's stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def _has_weights(path: Path) -> bool:
     return any(file for pattern in ("*.safetensors", "pytorch_model*.bin") for file in path.glob(pattern))
 
 
 def _resolve(given: str, *, need_weights: bool) -> Path:
-    path = Path(given).expanduser()
+    path = expanded(given)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
@@ -218,13 +224,20 @@ def _directory_config(path: Path) -> Any:
         ) from error
     except ValueError as error:
         raise SourceError("config.json is not JSON", found=f"{file}: {error}", remedy="download it again") from error
+    if not isinstance(raw, dict):
+        raise SourceError("config.json is not a JSON object", found=f"{file}: {raw!r:.40}", remedy="download it again")
     _check_raw(raw)
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(path)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise SourceError("config.json is not valid for its model_type", found=f"{file}: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, OSError, StrictDataclassError) as error:
+        raise SourceError(
+            "config.json is not valid for its model_type",
+            found=f"{file}: {' '.join(str(error).split())}",
+            remedy="take config.json from the model's own files",
+        ) from error
 
 
 def _gguf_config(path: Path) -> Any:
@@ -246,7 +259,8 @@ def _check_raw(raw: Mapping[str, Any]) -> None:
             remedy="give the dense model; `upcycle inspect` shows what this one is",
         )
     if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
+        quantisation = raw["quantization_config"]
+        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
         raise SourceError(
             "the source is quantised",
             found=f"quantization_config with quant_method={method}",

@@ -117,7 +117,8 @@ class Target:
         return found
 
     def _equivalent_qk_norms(self, model: DenseModel) -> tuple[str, ...]:
-        single_head = model.sizes["Q"] == model.sizes["K"] == model.sizes["D"]
+        # OLMoE's norm over all heads has the hidden size, whatever the heads' size.
+        single_head = model.sizes["Q"] == model.sizes["K"] == model.sizes["D"] == model.hidden_size
         if single_head and self.qk_norm != "none":
             return ("head", "full")
         return (self.qk_norm,)
@@ -167,10 +168,8 @@ CARRIED = (
 def native_fields(model: DenseModel) -> dict[str, Any]:
     """The fields of config.json that every native type takes over from the dense model unchanged."""
     fields = {name: getattr(model.config, name) for name in CARRIED}
-    fields["hidden_act"] = model.activation
-    if model.sizes["D"] * model.config.num_attention_heads != model.hidden_size:
-        fields["head_dim"] = model.sizes["D"]
-    return fields
+    # Always, because transformers' scaled rotary embeddings multiply MixtralConfig's default of None.
+    return {**fields, "hidden_act": model.activation, "head_dim": model.sizes["D"]}
 
 
 def dense_layer_indices(model: DenseModel, moe: MoeShape) -> list[int]:

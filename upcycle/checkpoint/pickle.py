@@ -65,7 +65,7 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError) as error:
         raise SourceError(
             f"{file} cannot be loaded as weights only",
-            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            found=_reason(error),
             expected="a PyTorch file of tensors by name and nothing else",
             remedy="do not trust this file; use the model's safetensors files, or a complete copy",
         ) from error
@@ -79,3 +79,9 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
             f"{file} is not a state dict", found=", ".join(sorted(strays)), expected="a dict of tensors by name"
         )
     return dict(state)
+
+
+def _reason(error: Exception) -> str:
+    """The line of torch's message that says what is wrong: not the first, which recommends weights_only=False."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-2] if len(lines) > 2 else lines[0]

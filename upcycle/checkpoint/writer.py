@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-__all__ = ["Shard", "Staging", "TensorSpec", "index_json", "layout_shards"]
+__all__ = ["Shard", "Staging", "TensorSpec", "check_replaceable", "index_json", "layout_shards"]
 
 _log = logging.getLogger("upcycle")
 # Progress is reported at least this often, however large the chunks are.
@@ -56,7 +56,7 @@ class Staging:
             OutputError: something is in the way, another process is writing there, or the place is not writable.
         """
         output = output.resolve()
-        _check_replaceable(output, overwrite=overwrite)
+        check_replaceable(output, overwrite=overwrite)
         partial = _sibling(output, "partial")
         with output_errors(output):
             found = partial.is_dir()
@@ -64,7 +64,7 @@ class Staging:
         lock = StagingLock.acquire(partial)
         try:
             _recover(output)
-            _check_replaceable(output, overwrite=overwrite)  # again: recovering may have put an output there
+            check_replaceable(output, overwrite=overwrite)  # again: recovering may have put an output there
             if found and not (resume or overwrite):
                 raise OutputError(
                     f"an interrupted run left {partial}",
@@ -167,7 +167,7 @@ class Staging:
                 appeared that may not be replaced.
         """
         old = _sibling(self.output, "old")
-        _check_replaceable(self.output, overwrite=self.overwrite)  # again: it may have appeared since `open`
+        check_replaceable(self.output, overwrite=self.overwrite)  # again: it may have appeared since `open`
         for directory in (*(path for path in self.directory.rglob("*") if path.is_dir()), self.directory):
             sync_directory(directory)
         with output_errors(self.output):
@@ -210,8 +210,12 @@ def _sibling(output: Path, role: str) -> Path:
     return output.with_name(f".{output.name}.{role}")
 
 
-def _check_replaceable(output: Path, *, overwrite: bool) -> None:
-    """Raise OutputError if `output` exists and may not, or should not, be replaced."""
+def check_replaceable(output: Path, *, overwrite: bool) -> None:
+    """Check that nothing is at `output` (a resolved path) that may not, or should not, be replaced.
+
+    Raises:
+        OutputError: there is.
+    """
     with output_errors(output):
         if not output.exists():
             return

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+from upcycle.arch.family import Shape
 
 Range = tuple[int, int]
 Neurons = Literal["coherent", "independent"]
@@ -140,6 +144,23 @@ def taken(part: Part) -> tuple[Take, ...]:
         case Beside(parts=parts):
             return parts
     return ()
+
+
+def numel(part: Part, source: Mapping[str, Shape]) -> int:
+    """Elements of a part, given the shapes of the source's tensors."""
+    match part:
+        case Whole():
+            return math.prod(source[part.source])
+        case Take():
+            return math.prod(stop - start for start, stop in filter(None, (part.rows, part.cols)))
+        case DropNeurons() | AddNoise():
+            return numel(part.base, source)
+        case Normal():
+            return part.rows * part.cols
+        case Zeros():
+            return part.numel
+        case Beside():
+            return sum(numel(each, source) for each in part.parts)
 
 
 def _times(factor: float) -> str:

@@ -8,6 +8,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise, starmap
 from typing import Any
 
 from upcycle.arch.family import DenseModel, Rows, Shape
@@ -15,7 +16,7 @@ from upcycle.arch.moe import MoeShape
 from upcycle.arch.target import Matrix, Target, matrices
 from upcycle.config import InitConfig
 from upcycle.plan.experts import FfnParts
-from upcycle.plan.parts import Part, Range, Take, Whole, Zeros, taken
+from upcycle.plan.parts import Part, Range, Take, Whole, Zeros, numel, taken
 from upcycle.plan.scaling import LayerScaling, layer_scaling, lossless
 
 SIGMOID_OF_ZERO = 0.5
@@ -130,7 +131,7 @@ def build_plan(
 
 
 def check_coverage(plan: Plan, source: Mapping[str, Shape]) -> None:
-    """Every source element is taken over or its tensor explicitly dropped; every target tensor is produced once.
+    """Every source element is taken over or its tensor explicitly dropped; every target element is produced once.
 
     Raises:
         AssertionError: naming the tensors; the plan is wrong, not the user.
@@ -138,15 +139,24 @@ def check_coverage(plan: Plan, source: Mapping[str, Shape]) -> None:
     names = Counter(tensor.name for tensor in plan.tensors)
     twice = [name for name, count in names.items() if count > 1]
     assert not twice, f"planned twice: {twice}"
+    for tensor in plan.tensors:
+        made, needed = sum(numel(part, source) for part in tensor.parts), math.prod(tensor.shape)
+        assert made == needed, f"{tensor.name} {tensor.shape}: {made} of {needed} elements produced"
     parts = [part for tensor in plan.tensors for part in tensor.parts]
     covered = {part.source for part in parts if isinstance(part, Whole)} | set(plan.dropped)
-    rectangles: dict[str, set[tuple[Range, Range | None]]] = defaultdict(set)
-    for rectangle in (rectangle for part in parts for rectangle in taken(part)):
-        rectangles[rectangle.source].add((rectangle.rows, rectangle.cols))
+    rectangles: dict[str, dict[tuple[Range, Range | None], Take]] = defaultdict(dict)
+    for take in (take for part in parts for take in taken(part)):
+        rectangles[take.source][take.rows, take.cols] = take
     for name, shape in source.items():
-        numel = math.prod(shape)
-        area = sum((rows[1] - rows[0]) * (cols[1] - cols[0] if cols else 1) for rows, cols in rectangles[name])
-        assert name in covered or area == numel, f"{name} {shape}: {area} of {numel} elements taken over"
+        area = sum(numel(take, source) for take in rectangles[name].values())
+        whole = area == math.prod(shape) and not any(starmap(_overlap, pairwise(sorted(rectangles[name]))))
+        assert name in covered or whole, f"{name} {shape}: {area} of {math.prod(shape)} elements taken over"
+
+
+def _overlap(one: tuple[Range, Range | None], other: tuple[Range, Range | None]) -> bool:
+    """Whether two rectangles share an element; among sorted cuts along one axis only neighbours can."""
+    axes = zip(one, other, strict=True)
+    return all(a is None or b is None or (a[0] < b[1] and b[0] < a[1]) for a, b in axes)
 
 
 def _tensors(
@@ -273,7 +283,7 @@ def _notes(moe: MoeShape, init: InitConfig, target: Target) -> Iterator[str]:
     if moe.router_order == "softmax_topk" and init.scaling in ("exact", "calibrated"):
         yield f"what remains comes from the router's spread (init.router_std={init.router_std:g})"
     if init.scaling == "calibrated":
-        yield "factors are measured per layer while converting; those shown here are the expected ones"
+        yield "convert measures the factors layer by layer; plan shows the expected ones"
     if not target.generic:
         yield f"{target.model_type} computes router logits in the model's dtype: in bfloat16 about 0.5% of tokens split a group"
 

@@ -78,14 +78,13 @@ def check_init(init: InitConfig) -> None:
         _choice("init.scaling", scaling, SCALING_RULES, also="or a positive number")
     elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or not 0 < scaling < math.inf:
         raise ConfigError("init.scaling is out of range", found=scaling, expected="a positive number or a rule's name")
-    if init.router_std < 0:
-        raise ConfigError("init.router_std is out of range", found=init.router_std, expected="0 or more")
+    for name in ("router_std", "std"):
+        if not 0 <= getattr(init, name) < math.inf:
+            raise ConfigError(f"init.{name} is out of range", found=getattr(init, name), expected="0 or more, finite")
     _choice("init.neurons", init.neurons, ("coherent", "independent"))
     for name in ("ratio", "fraction"):
         if not 0 <= getattr(init, name) <= 1:
             raise ConfigError(f"init.{name} is out of range", found=getattr(init, name), expected="0 to 1")
-    if init.std < 0:
-        raise ConfigError("init.std is out of range", found=init.std, expected="0 or more")
 
 
 def moe_layers(request: object, layers: int) -> tuple[int, ...]:
@@ -97,7 +96,7 @@ def moe_layers(request: object, layers: int) -> tuple[int, ...]:
     expected = f"all, every_2 (or another number), or a list of indices from 0 to {layers - 1}"
     if request == "all":
         return tuple(range(layers))
-    if isinstance(request, str) and request.startswith("every_") and request[6:].isdigit() and int(request[6:]) > 0:
+    if isinstance(request, str) and request.startswith("every_") and request[6:].isdecimal() and int(request[6:]) > 0:
         step = int(request[6:])
         chosen: Sequence[int] = range(step - 1, layers, step)
     elif isinstance(request, list) and all(isinstance(index, int) for index in request):
@@ -110,6 +109,8 @@ def moe_layers(request: object, layers: int) -> tuple[int, ...]:
 
 
 def _expansion(config: MoeConfig) -> int:
+    if not math.isfinite(config.expansion):
+        raise ConfigError("moe.expansion is out of range", found=config.expansion, expected="1 or more, finite")
     if config.expansion != int(config.expansion):
         experts = config.expansion * config.granularity
         low, high = max(1, math.floor(config.expansion)), math.ceil(config.expansion)

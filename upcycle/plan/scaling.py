@@ -90,7 +90,7 @@ def layer_scaling(
     homogeneity = degree(activation, gated=gated)
     if rule == "none":
         return unscaled(gated=gated)
-    output = rule if isinstance(rule, float) else granularity / mass
+    output = granularity / mass if isinstance(rule, str) else rule
     place = paper if rule == "paper" else exact
     return place(output, granularity=granularity, degree=homogeneity, gated=gated)
 

@@ -13,7 +13,6 @@ def fields(model: DenseModel, moe: MoeShape) -> dict[str, Any]:
     window = model.backbone.windows[0]
     return {
         **native_fields(model),
-        "head_dim": model.sizes["D"],
         "attention_bias": model.backbone.attention_bias == "qkvo",
         "intermediate_size": model.ffn_width,
         "moe_intermediate_size": model.ffn_width // moe.granularity,

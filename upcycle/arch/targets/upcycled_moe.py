@@ -8,7 +8,8 @@ from upcycle.arch.family import DenseModel
 from upcycle.arch.moe import MoeShape
 from upcycle.arch.target import Layout, Target
 
-
+# What a dense config says about the file it came from, not about the model.
+OF_THE_FILE = ("_name_or_path", "dtype", "transformers_version")
 AUTO_MAP = {
     "AutoConfig": "configuration_upcycled_moe.UpcycledMoeConfig",
     "AutoModelForCausalLM": "modeling_upcycled_moe.UpcycledMoeForCausalLM",
@@ -19,7 +20,7 @@ def fields(model: DenseModel, moe: MoeShape) -> dict[str, Any]:
     width = model.ffn_width // moe.granularity
     dropout = model.family.ffn.dropout
     return {
-        "text_config": model.config.to_dict(),
+        "text_config": {name: value for name, value in model.config.to_dict().items() if name not in OF_THE_FILE},
         "tie_word_embeddings": model.tied,
         "num_experts": moe.experts,
         "num_experts_per_tok": moe.top_k,

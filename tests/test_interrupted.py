@@ -1,0 +1,304 @@
+"""Conversions that are killed, interrupted or fail: the output's name never holds half a checkpoint, and work resumes.
+
+The last test watches the memory of a whole conversion.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from cli import SMALL, Outcome, command, contents, edit_tensor, process
+from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytest_plugins = ["tiny"]
+
+SHARD = "max_shard_size=2KB"
+# A conversion in a process whose every write of data waits a little, so that a signal meets it in the middle.
+SLOWLY = """
+import os, time
+from upcycle.checkpoint import writer
+whole = writer.write_all
+def write_all(descriptor, data, path):
+    time.sleep({seconds})
+    whole(descriptor, data, path)
+writer.write_all = write_all
+from upcycle.cli import main
+main()
+"""
+
+
+class Run:
+    """A conversion in a process of its own."""
+
+    def __init__(self, *arguments: object, cwd: Path, seconds: float) -> None:
+        line = [sys.executable, "-c", SLOWLY.format(seconds=seconds), "convert", *map(str, arguments)]
+        self.process = subprocess.Popen(
+            line, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def wait_for_bytes(self, staging: Path, count: int) -> None:
+        """Wait until the staging directory's weights have so many bytes, finished and unfinished files together."""
+        deadline = time.monotonic() + 60
+        while sum(size for file in staging.glob("model-*") if (size := size_of(file))) < count:
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    def end(self, with_signal: signal.Signals) -> Outcome:
+        self.process.send_signal(with_signal)
+        out, err = self.process.communicate(timeout=60)
+        return Outcome(status=self.process.returncode, out=out, err=err)
+
+
+def size_of(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:  # renamed from draft to final name since the listing
+        return 0
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted conversion."""
+    output = tmp_path_factory.mktemp("whole") / "output"
+    outcome = process("convert", f"source={tiny_llama}", f"output={output}", *SMALL, SHARD, cwd=output.parent)
+    assert outcome.status == 0, outcome.err
+    assert len(list(output.glob("model-*"))) > 8
+    return output
+
+
+def weight_bytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.glob("model-*"))
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(upcycle, tiny_llama, tmp_path, whole):
+    """SIGKILL at random byte counts, each time resuming what the last one left."""
+    output, staging, total = tmp_path / "output", tmp_path / ".output.partial", weight_bytes(whole)
+    arguments = (f"source={tiny_llama}", f"output={output}", *SMALL, SHARD, "resume=true")
+    finished = set()
+    for count in sorted(random.Random(0).sample(range(total), 3)):
+        run = Run(*arguments, cwd=tmp_path, seconds=0.02)
+        run.wait_for_bytes(staging, count)
+        assert run.end(signal.SIGKILL).status == -signal.SIGKILL
+        assert not output.exists()
+        kept = {file.name: file.stat().st_mtime_ns for file in staging.glob("*.safetensors")}
+        assert finished <= kept.items(), "a resumed run wrote a finished file again"
+        finished = set(kept.items())
+    assert finished
+    outcome = upcycle("convert", *arguments)
+    assert outcome.status == 0, outcome.err
+    assert contents(output) == contents(whole)
+    assert finished <= {(file.name, file.stat().st_mtime_ns) for file in output.iterdir()}
+    assert not staging.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_ctrl_c(upcycle, tiny_llama, tmp_path, whole, share):
+    """Exit status 130 and no traceback; what is complete is kept, and otherwise nothing is."""
+    output, staging = tmp_path / "output", tmp_path / ".output.partial"
+    arguments = (f"source={tiny_llama}", f"output={output}", *SMALL, SHARD)
+    run = Run(*arguments, cwd=tmp_path, seconds=0.02 if share else 0.5)
+    run.wait_for_bytes(staging, int(share * weight_bytes(whole)) + 1)
+    outcome = run.end(signal.SIGINT)
+    assert outcome.status == 130
+    assert "Traceback" not in outcome.err
+    assert outcome.err.endswith("upcycle: interrupted\n")
+    assert not output.exists()
+    assert staging.exists() is bool(share)
+    assert ("continue with resume=true" in outcome.err) is bool(share)
+    if share:
+        upcycle("convert", *arguments).refused("an interrupted run left", remedy="resume=true")
+    assert upcycle("convert", *arguments, "resume=true").status == 0
+    assert contents(output) == contents(whole)
+
+
+def test_resume_with_another_request(upcycle, tiny_llama, source, tmp_path, whole):
+    """A staging directory of another source, seed or layout is not continued, and not touched."""
+    staging = tmp_path / ".output.partial"
+    first = (f"source={tiny_llama}", f"output={tmp_path / 'output'}", *SMALL, SHARD)
+    edit_tensor(source, "model.layers.2.mlp.up_proj.weight", lambda t: t * 2)
+    fill_up(upcycle, first)
+    before = contents(staging)
+    assert before
+    for change in (
+        f"source={source}",
+        "seed=1",
+        "max_shard_size=3KB",
+        "moe.router_order=topk_softmax",
+        "dtype=float32",
+    ):
+        outcome = upcycle("convert", *first, change, "resume=true")
+        outcome.refused("with other settings or another source", found="fingerprint", remedy="overwrite=true")
+        assert contents(staging) == before
+    assert upcycle("convert", *first, "resume=true").status == 0
+    assert contents(tmp_path / "output") == contents(whole)
+
+
+def fill_up(upcycle, arguments) -> None:
+    """Convert onto a disk that is full after 20,000 bytes."""
+    from upcycle.checkpoint import files
+
+    left, write = 20_000, os.write
+
+    def limited(descriptor: int, data: bytes) -> int:
+        nonlocal left
+        left -= len(data)
+        if left < 0:
+            raise OSError(28, "No space left on device")
+        return write(descriptor, data)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(files.os, "write", limited)
+        upcycle("convert", *arguments).refused("cannot write", found="No space left on device")
+
+
+def test_resume_with_nothing_to_resume(upcycle, tiny_llama, tmp_path, whole):
+    output = tmp_path / "output"
+    outcome = upcycle("convert", f"source={tiny_llama}", f"output={output}", *SMALL, SHARD, "resume=true")
+    assert outcome.status == 0
+    assert "nothing to resume" in outcome.err
+    assert contents(output) == contents(whole)
+
+
+# Replacing an output.
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """An earlier output."""
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "config.json").write_text("{}")
+    (output / "model.safetensors").write_text("old")
+    return output
+
+
+def test_overwrite(upcycle, tiny_llama, tmp_path, old, whole):
+    assert upcycle("convert", f"source={tiny_llama}", f"output={old}", *SMALL, SHARD, "overwrite=true").status == 0
+    assert contents(old) == contents(whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"output", "work"}
+
+
+def test_a_failed_overwrite_keeps_the_old_output(upcycle, source, tmp_path, old):
+    """Whether the request, the source or the disk is at fault."""
+    before = contents(old)
+    arguments = (f"source={source}", f"output={old}", *SMALL, SHARD, "overwrite=true")
+    upcycle("convert", *arguments, "moe.top_k=3").refused("virtual groups")
+    assert contents(old) == before
+    fill_up(upcycle, arguments)
+    assert contents(old) == before
+    edit_tensor(source, "model.layers.2.mlp.up_proj.weight", lambda t: t * torch.nan)
+    upcycle("convert", *arguments).refused("NaN or infinity")
+    assert contents(old) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"output", "work", "source"}
+
+
+@pytest.mark.slow
+def test_an_overwrite_that_is_killed_keeps_the_old_output(upcycle, tiny_llama, tmp_path, old, whole):
+    before = contents(old)
+    arguments = (f"source={tiny_llama}", f"output={old}", *SMALL, SHARD, "overwrite=true")
+    run = Run(*arguments, cwd=tmp_path, seconds=0.02)
+    run.wait_for_bytes(tmp_path / ".output.partial", weight_bytes(whole) // 2)
+    assert run.end(signal.SIGKILL).status == -signal.SIGKILL
+    assert contents(old) == before
+    assert upcycle("convert", *arguments, "resume=true").status == 0
+    assert contents(old) == contents(whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"output", "work"}
+
+
+@pytest.mark.parametrize("rename", [1, 2])
+def test_an_overwrite_whose_renaming_fails_keeps_the_old_output(
+    upcycle, tiny_llama, tmp_path, old, whole, monkeypatch, rename
+):
+    """The old output is moved aside (first renaming) and must be put back if the new one cannot take its place."""
+    before, original, left = contents(old), Path.rename, rename
+
+    def rename_or_fail(path: Path, target: Path) -> Path:
+        nonlocal left
+        if "output" in (path.name, Path(target).name):
+            left -= 1
+            if left == 0:
+                raise PermissionError(1, "Operation not permitted")
+        return original(path, target)
+
+    arguments = (f"source={tiny_llama}", f"output={old}", *SMALL, SHARD, "overwrite=true")
+    with monkeypatch.context() as failing:
+        failing.setattr(Path, "rename", rename_or_fail)
+        upcycle("convert", *arguments).refused("cannot write", found="Operation not permitted")
+    assert contents(old) == before
+    assert upcycle("convert", *arguments, "resume=true").status == 0
+    assert contents(old) == contents(whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"output", "work"}
+
+
+# Memory.
+
+
+BASE_BYTES = 300 * 10**6  # the interpreter with torch and transformers takes about 250 MB
+TENSORS_AT_ONCE = 3
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A bfloat16 Llama of about 190 MB whose largest tensor has 67 MB, and FFN matrices of 34 MB each."""
+    directory = tmp_path_factory.mktemp("large") / "llama"
+    directory.mkdir()
+    hidden, width, vocab, layers = 1024, 16384, 32768, 1
+    fields = {"vocab_size": vocab, "hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers}
+    fields |= {"num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": True, "dtype": "bfloat16"}
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", **fields}))
+    start = "model.layers.0."
+    shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    shapes |= {f"{start}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    shapes |= {f"{start}self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"}
+    shapes |= {f"{start}mlp.{name}_proj.weight": (width, hidden) for name in ("gate", "up")}
+    shapes |= {f"{start}mlp.down_proj.weight": (hidden, width)}
+    tensors = {name: torch.full(shape, 0.5, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    yield directory
+    shutil.rmtree(directory)
+
+
+def peak_anonymous_bytes(process: subprocess.Popen[bytes]) -> int:
+    """Largest RssAnon of a process until its end, sampled."""
+    status, peak = Path(f"/proc/{process.pid}/status"), 0
+    while process.poll() is None:
+        fields = status.read_text() if status.exists() else ""
+        if "RssAnon:" in fields:
+            peak = max(peak, 1024 * int(fields.split("RssAnon:")[1].split()[0]))
+        time.sleep(0.002)
+    return peak
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "options",
+    [("target=qwen2_moe",), ("target=upcycled_moe",), ("target=upcycled_moe", "moe.granularity=1", "dtype=float32")],
+    ids=" ".join,
+)
+def test_memory(large, tmp_path, options):
+    largest = 32768 * 1024 * (4 if "dtype=float32" in options else 2)
+    output = tmp_path / "output"
+    line = command("convert", f"source={large}", f"output={output}", *SMALL, *options)
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as running:
+        peak = peak_anonymous_bytes(running)
+        assert running.wait() == 0
+    shutil.rmtree(output)
+    assert peak <= TENSORS_AT_ONCE * largest + BASE_BYTES, f"{peak / 1e6:.0f} MB"

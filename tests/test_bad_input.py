@@ -113,6 +113,7 @@ REQUESTS = {
     "dtype": Bad(("dtype=bfloat17",), ("unknown dtype", "float32"), "bfloat17", "did you mean bfloat16"),
     "shard size without a unit": Bad(("max_shard_size=5",), ("max_shard_size",), found="5"),
     "shard size of another unit": Bad(("max_shard_size=5XB",), ("is not a size", "5GB or 500MB"), found="5XB"),
+    "calibration_tokens": Bad(("calibration_tokens=-5",), ("calibration_tokens is out of range",), found="-5"),
     "shard size 0": Bad(("max_shard_size=0GB",), ("is not a size",), found="0GB"),
     "shard size below a byte": Bad(("max_shard_size=0.0001KB",), ("is not a size",), found="0.0001KB"),
     "native target without the router order": Bad(

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from cli import INDEX, SMALL, process
@@ -23,6 +24,10 @@ DEFAULTS = {
     "verify": "tolerance: 0.001",
     "inspect": "path: ???",
 }
+
+
+def test_version(upcycle):
+    assert upcycle("--version").out == f"upcycle {version('upcycle')}\n"
 
 
 def test_usage(upcycle):
@@ -99,6 +104,15 @@ def test_a_sweep_runs_every_job(upcycle, tiny_llama):
     assert re.findall(r"E2G\dT2", outcome.out) == ["E2G1T2", "E2G2T2"]
     started = [line.split()[-1] for line in outcome.err.splitlines() if line.startswith("upcycle: plan source=")]
     assert started == ["moe.granularity=1", "moe.granularity=2"]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_the_flag_of_a_sweep_may_stand_anywhere(upcycle, tiny_llama, place):
+    arguments = [f"source={tiny_llama}", "moe.granularity=1,2"]
+    arguments.insert(place, "-m")
+    outcome = upcycle("plan", *arguments)
+    assert outcome.status == 0
+    assert re.findall(r"E8G\dT8", outcome.out) == ["E8G1T8", "E8G2T8"]
 
 
 def test_a_failing_job_does_not_stop_the_others(upcycle, tiny_llama):

@@ -32,9 +32,7 @@ def commands() -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def test_upcycle_commands_and_python_run(
-    text_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_upcycle_commands_and_python_run(text_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     executable = str(Path(sys.executable).with_name("upcycle"))
     for line in commands():

@@ -26,8 +26,13 @@ def literal_paths(options: Iterable[str], arguments: Sequence[str]) -> list[str]
 
     What is quoted already, `null`, and the sweeps of a multirun stay as they are.
     """
-    sweeping = any(flag in arguments for flag in MULTIRUN)
+    sweeping = is_sweep(arguments)
     return [_literal(argument, sweeping) if argument.split("=")[0] in options else argument for argument in arguments]
+
+
+def is_sweep(arguments: Sequence[str]) -> bool:
+    """Whether Hydra will run the command over several values."""
+    return any(argument in MULTIRUN or argument.upper() == "HYDRA.MODE=MULTIRUN" for argument in arguments)
 
 
 def _literal(argument: str, sweeping: bool) -> str:
@@ -61,7 +66,7 @@ def readable(error: Exception, command: str) -> str:
         )
     if isinstance(error, OverrideParseException):
         return str(_unreadable(error))
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not isinstance(error, HydraException):
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{where}"
     unknown = re.match(r"Could not override '(.+?)'", str(error))

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from upcycle.arch.moe import MoeShape
-from upcycle.config import InitConfig
 from upcycle.init.experts import normal
 from upcycle.init.rng import generator
-from upcycle.load import load_dense, ffn_modules
+from upcycle.load import ffn_modules, load_dense
 from upcycle.plan.experts import FfnParts
 from upcycle.plan.scaling import unscaled
 from upcycle.text import sample_tokens
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from upcycle.arch.moe import MoeShape
+    from upcycle.config import InitConfig
     from upcycle.source import DenseSource
 
 
@@ -30,7 +31,8 @@ def measured_masses(
 
     Args:
         source: the dense model.
-        moe, init: the request; softmax-then-topK.
+        moe: the request; softmax-then-topK.
+        init: how the router starts.
         seed: seed of the conversion.
         tokens: tokens to measure on.
 
@@ -52,7 +54,7 @@ def measured_masses(
 
     handles = [watch(layer, module) for layer, module in modules.items()]
     with torch.inference_mode():
-        for ids in sample_tokens(source, tokens=tokens).split(source.model.sizes["P"]):
+        for ids in torch.split(sample_tokens(source, tokens=tokens), source.model.sizes["P"]):
             model(input_ids=ids[None])
     for handle in handles:
         handle.remove()

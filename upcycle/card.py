@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from upcycle.plan.plan import Plan
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from upcycle.plan.plan import Plan
 
 
 def model_card(manifest: Mapping[str, Any], plan: Plan) -> str:
@@ -25,11 +27,11 @@ tags: [moe, upcycling, {plan.target}]
 | | |
 |---|---|
 | type | `{plan.target}` |
-| experts | {moe.experts} routed (E {moe.expansion} x G {moe.granularity}), {moe.top_k} active, {moe.shared_experts} shared |
+| experts | {moe.experts} (E {moe.expansion} x G {moe.granularity}), {moe.top_k} active, {moe.shared_experts} shared |
 | router | {moe.router_order}, `init.router_std={plan.init.router_std:g}` |
 | initialization | {plan.init.name}, scaling {plan.init.scaling} |
 | MoE layers | {len(moe.layers)} |
-| parameters | {cost["parameters"]:,} in all, {cost["active_parameters"]:,} active (dense {cost["dense_parameters"]:,}) |
+| parameters | {cost["parameters"]:,}, {cost["active_parameters"]:,} active (dense {cost["dense_parameters"]:,}) |
 | matmul FLOPs per token | {cost["flops_per_token"]:,} (dense {cost["dense_flops_per_token"]:,}) |
 
 ## Step 0

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import hydra
@@ -20,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from upcycle import config as options
-from upcycle.arguments import CONF, literal_paths, quoted, readable
+from upcycle.arguments import CONF, MULTIRUN, is_sweep, literal_paths, quoted, readable
 from upcycle.completion import complete
 from upcycle.errors import ConfigError, UpcycleError, near_misses
 
@@ -90,6 +91,9 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return
+    if arguments[0] == "--version":
+        print(f"upcycle {version('upcycle')}")
+        return
     logger = logging.getLogger("upcycle")
     logger.handlers = [_StandardError()]
     logger.setLevel(logging.INFO)
@@ -154,11 +158,16 @@ def _run(name: str, arguments: Sequence[str], *, show_trace: bool) -> int:
             statuses.append(1)
 
     given = literal_paths(command.paths, _expand_positional(command, arguments))
-    # Hydra writes multirun.yaml into the sweep's directory, whatever its other settings say.
     with tempfile.TemporaryDirectory(prefix="upcycle-") as scratch:
-        sys.argv = [sys.argv[0], *given, f"hydra.sweep.dir={quoted(scratch)}"]
+        sys.argv = [sys.argv[0], *(_sweep_into(scratch, given) if is_sweep(given) else given)]
         application()
     return max(statuses, default=0)
+
+
+def _sweep_into(scratch: str, arguments: Sequence[str]) -> list[str]:
+    """Hydra writes a multirun.yaml into the sweep's directory, whatever else is set; and it wants its flags first."""
+    flags = [argument for argument in arguments if argument in MULTIRUN]
+    return [*flags, f"hydra.sweep.dir={quoted(scratch)}", *(each for each in arguments if each not in MULTIRUN)]
 
 
 def _execute(command: Command, composed: DictConfig) -> int:

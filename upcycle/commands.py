@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from upcycle.config import ConvertConfig, InspectConfig, PlanConfig, VerifyConfig
 from upcycle.errors import ConfigError, near_misses
-from upcycle.prepare import Conversion
+
+if TYPE_CHECKING:
+    from upcycle.config import ConvertConfig, InspectConfig, PlanConfig, VerifyConfig
+    from upcycle.prepare import Conversion
 
 FORMATS = ("table", "json")
 

@@ -117,7 +117,7 @@ class VerifyConfig:
         moe: directory of the MoE checkpoint.
         text: file to measure on; null takes the standard library's argparse.py.
         tokens: tokens of the text to use.
-        sequence_length: tokens per forward pass.
+        sequence_length: tokens per forward pass, at most the positions that the model has.
         tolerance: largest relative gap of the losses that passes.
         format: table or json.
     """

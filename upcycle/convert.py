@@ -10,9 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from upcycle.arch.targets import TARGETS
 from upcycle.card import model_card
@@ -25,13 +23,17 @@ from upcycle.checkpoint import (
     torch_dtype,
     write_gguf_tokenizer,
 )
-from upcycle.config import ConvertConfig
 from upcycle.errors import OutputError, SourceError
 from upcycle.manifest import MANIFEST, manifest_json
 from upcycle.materialise import Materialiser
 from upcycle.modeling import REMOTE_CODE_FILES
 from upcycle.prepare import Conversion, prepare
 from upcycle.source import expanded
+
+if TYPE_CHECKING:
+    import torch
+
+    from upcycle.config import ConvertConfig
 
 logger = logging.getLogger("upcycle")
 

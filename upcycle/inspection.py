@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich import box
@@ -17,10 +16,14 @@ from torch import Tensor
 from upcycle.arch.target import matrices
 from upcycle.arch.targets import TARGETS
 from upcycle.checkpoint import TensorReader, open_reader
-from upcycle.config import InspectConfig
 from upcycle.errors import SourceError
 from upcycle.manifest import read_manifest
 from upcycle.moe_config import MoeDescription, describe_moe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from upcycle.config import InspectConfig
 
 ELEMENTS_AT_ONCE = 2**20
 
@@ -135,7 +138,9 @@ def inspection_table(found: Mapping[str, Any]) -> RenderableType:
         return table
     moe = found["moe"]
     layers = f"{len(moe['layers'])} of {moe['layer_count']}"
-    table.add_row("MoE", f"{moe['name']}: {moe['experts']} experts of width {moe['expert_width']}, {moe['top_k']} active")
+    table.add_row(
+        "MoE", f"{moe['name']}: {moe['experts']} experts of width {moe['expert_width']}, {moe['top_k']} active"
+    )
     table.add_row("router", moe["router_order"])
     table.add_row("shared width", str(moe["shared_width"]))
     table.add_row("MoE layers", layers)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import reduce
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +12,9 @@ import torch
 from upcycle.errors import SourceError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,20 +25,28 @@ def load_dense(source: DenseSource, dtype: torch.dtype = torch.float32) -> PreTr
     """The dense model in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
-    if not source.is_gguf:
+    model: PreTrainedModel
+    if source.is_gguf:
+        model = AutoModelForCausalLM.from_config(source.model.config, dtype=dtype)
+        model.load_state_dict({name: source.read(name) for name in source.model.tensors()}, strict=False)
+        model.tie_weights()
+    else:
         with _quietly():
-            return AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype).eval()
-    model = AutoModelForCausalLM.from_config(source.model.config, dtype=dtype)
-    model.load_state_dict({name: source.read(name) for name in source.model.tensors()}, strict=False)
-    model.tie_weights()
-    return model.eval()
+            model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype)
+    model.eval()
+    return model
 
 
 def load_moe(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A MoE checkpoint in evaluation mode, with the class that its config names."""
+    """A MoE checkpoint in evaluation mode, with transformers' loop over experts, which takes every width."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    with _quietly():
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, experts_implementation="eager"
+        )
+    model.eval()
+    return model
 
 
 def load_tokenizer(source: DenseSource) -> PreTrainedTokenizerBase:

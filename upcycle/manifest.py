@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from upcycle.config import ConvertConfig
 from upcycle.errors import SourceError
 from upcycle.plan.plan import plan_dict
-from upcycle.prepare import Conversion
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from upcycle.config import ConvertConfig
+    from upcycle.prepare import Conversion
 
 MANIFEST = "upcycle_manifest.json"
 FORMAT = 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,7 +12,11 @@ from upcycle.errors import SourceError
 from upcycle.init.experts import add_noise, drop_neurons, normal
 from upcycle.init.rng import generator
 from upcycle.plan.parts import AddNoise, Beside, DropNeurons, Normal, Part, Take, Whole, Zeros
-from upcycle.plan.plan import TargetTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from upcycle.plan.plan import TargetTensor
 
 SOURCES_AT_ONCE = 2
 
@@ -29,6 +33,7 @@ class Materialiser:
         self._read = read
         self._seed = seed
         self._open: OrderedDict[str, Tensor] = OrderedDict()
+        self._made: dict[tuple[Take, torch.dtype], Tensor] = {}
 
     def parts(self, target: TargetTensor, dtype: torch.dtype) -> Iterator[Tensor]:
         """Yield the tensor's parts in order, contiguous, in `dtype`.
@@ -48,7 +53,7 @@ class Materialiser:
             case Whole():
                 return self._read(part.source).to(dtype)
             case Take():
-                return self._scaled(self._rectangle(part), part.factor, dtype)
+                return self._shard(part, dtype)
             case Beside():
                 return torch.cat([self.values(each, dtype) for each in part.parts], dim=1)
             case DropNeurons():
@@ -71,6 +76,13 @@ class Materialiser:
             case Zeros():
                 return torch.zeros(part.numel, dtype=dtype)
 
+    def _shard(self, take: Take, dtype: torch.dtype) -> Tensor:
+        """A shard, kept while its source is open, because the other E-1 copies follow soon."""
+        key = (take, dtype)
+        if key not in self._made:
+            self._made[key] = self._scaled(self._rectangle(take), take.factor, dtype).contiguous()
+        return self._made[key]
+
     def _rectangle(self, take: Take) -> Tensor:
         source = self._source(take.source)
         oriented = source.T if take.transposed and source.dim() == 2 else source
@@ -83,7 +95,8 @@ class Materialiser:
             _check_finite(tensor, name, "repair the checkpoint: a NaN here would spread to every expert")
             self._open[name] = tensor
             while len(self._open) > SOURCES_AT_ONCE:
-                self._open.popitem(last=False)
+                closed, _ = self._open.popitem(last=False)
+                self._made = {key: made for key, made in self._made.items() if key[0].source != closed}
         return self._open[name]
 
     @staticmethod

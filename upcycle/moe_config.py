@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from upcycle.arch.families import FAMILIES
-from upcycle.arch.target import Target
 from upcycle.arch.targets import TARGETS
 from upcycle.errors import SourceError
 from upcycle.manifest import read_manifest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from upcycle.arch.target import Target
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from upcycle.calibrate import measured_masses
 from upcycle.checkpoint import Shard, TensorSpec, dtype_bytes, layout_shards
-from upcycle.config import ConversionConfig
 from upcycle.errors import ConfigError, OutputError
 from upcycle.plan.cost import Cost, cost
 from upcycle.plan.plan import Plan, TargetTensor, build_plan
@@ -18,6 +16,12 @@ from upcycle.plan.request import check_init, moe_shape
 from upcycle.plan.scaling import expected_mass
 from upcycle.plan.select import select_target
 from upcycle.source import FLOATING, DenseSource, expanded, open_source
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from upcycle.config import ConversionConfig
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -55,6 +59,8 @@ def prepare(config: ConversionConfig, *, execute: bool) -> Conversion:
         UpcycleError: anything wrong with the source or the request.
     """
     check_init(config.init)
+    if config.calibration_tokens < 2:
+        raise ConfigError("calibration_tokens is out of range", found=config.calibration_tokens, expected="2 or more")
     max_shard_bytes = parse_size("max_shard_size", config.max_shard_size)
     source = open_source(config.source, need_weights=execute)
     if config.output:
@@ -63,7 +69,7 @@ def prepare(config: ConversionConfig, *, execute: bool) -> Conversion:
     moe = moe_shape(config.moe, config.init, ffn_width=model.ffn_width, layers=model.layers)
     target, why = select_target(config.target, model, moe)
     dtypes = source.dtypes(config.dtype)
-    masses = dict.fromkeys(moe.layers, expected_mass(moe))
+    masses: Mapping[int, float] = dict.fromkeys(moe.layers, expected_mass(moe))
     if config.init.scaling == "calibrated" and moe.router_order == "softmax_topk" and execute:
         masses = measured_masses(source, moe, config.init, seed=config.seed, tokens=config.calibration_tokens)
     plan = build_plan(

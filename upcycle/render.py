@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -13,7 +13,9 @@ from rich.text import Text
 
 from upcycle.checkpoint import dtype_bytes
 from upcycle.plan.plan import Plan, plan_dict
-from upcycle.prepare import Conversion
+
+if TYPE_CHECKING:
+    from upcycle.prepare import Conversion
 
 
 def plan_json(conversion: Conversion) -> dict[str, Any]:

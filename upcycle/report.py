@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -14,6 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from upcycle.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 REPORT = "equivalence.json"
 FIGURE = "equivalence.png"

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from upcycle.arch.families import FAMILIES
 from upcycle.arch.family import DenseModel, Shape, describe
 from upcycle.arch.targets import TARGETS
 from upcycle.checkpoint import TensorReader, code_from_name, gguf_config, open_reader, read_index_names
 from upcycle.errors import ConfigError, SourceError, near_misses
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 FLOATING = ("F64", "F32", "BF16", "F16")
@@ -119,7 +121,7 @@ def open_source(given: str, *, need_weights: bool = True) -> DenseSource:
         need_weights: False accepts a directory that holds only config.json, with or without an index.
 
     Raises:
-        SourceError: nothing there, not a dense model of a known family, quantised, or tensors that do not fit the config.
+        SourceError: nothing there, not a dense model of a known family, quantised, or tensors unfit for the config.
     """
     path = _resolve(given, need_weights=need_weights)
     config = _gguf_config(path) if path.suffix == ".gguf" else _directory_config(path)
@@ -201,7 +203,7 @@ def _resolve(given: str, *, need_weights: bool) -> Path:
 
 def _download(hub_id: str, *, need_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["config.json", "*.index.json", *AUXILIARY, *(WEIGHTS if need_weights else ())]
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
@@ -13,9 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from upcycle.arch.targets import TARGETS
 from upcycle.checkpoint import sha256_file
-from upcycle.config import VerifyConfig
 from upcycle.errors import ConfigError, SourceError
 from upcycle.load import ffn_modules, load_dense, load_moe
 from upcycle.manifest import read_manifest
@@ -24,7 +21,11 @@ from upcycle.source import open_source
 from upcycle.text import DEFAULT_TEXT, sample_tokens
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from transformers import PreTrainedModel
+
+    from upcycle.config import VerifyConfig
 
 ROWS_AT_ONCE = 256
 
@@ -86,7 +87,7 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     sums = Sums()
     dense_model, moe_model = load_dense(source), load_moe(directory)
     with torch.inference_mode():
-        for chunk in ids.split(config.sequence_length):
+        for chunk in ids.split(min(config.sequence_length, source.model.sizes["P"])):
             if len(chunk) > 1:
                 _measure(chunk[None], dense_model, moe_model, source.model.ffn_module(), moe, sums)
     return _report(config, moe, sums, file, len(ids), read_manifest(directory))
@@ -122,9 +123,7 @@ def moe_block(model: nn.Module, moe: MoeDescription, layer: int) -> list[nn.Modu
 
 
 @contextmanager
-def _compare_ffns(
-    ffns: Mapping[int, nn.Module], blocks: Mapping[int, list[nn.Module]], sums: Sums
-) -> Iterator[None]:
+def _compare_ffns(ffns: Mapping[int, nn.Module], blocks: Mapping[int, list[nn.Module]], sums: Sums) -> Iterator[None]:
     def watch(layer: int) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             replaced = torch.stack([block(args[0]) for block in blocks[layer]]).sum(0)

@@ -50,7 +50,8 @@ def test_shards_of_the_source_do_not_matter(dense, tmp_path):
     tensors = conversions.read_tensors(dense("llama"))
     conversions.save_file(tensors, tmp_path / "one_file" / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "one_file" / "config.json").write_bytes((dense("llama") / "config.json").read_bytes())
-    done = [conversions.run(options(s, tmp_path / s.name, **RANDOM)) for s in (dense("llama"), tmp_path / "one_file")]
+    sources = {"one": dense("llama"), "other": tmp_path / "one_file"}
+    done = [conversions.run(options(source, tmp_path / name, **RANDOM)) for name, source in sources.items()]
     one, other = (conversions.read_tensors(each.directory) for each in done)
     assert all(torch.equal(one[key], tensor) for key, tensor in other.items())
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from conversions import ROUTER_ORDERS, TOLERANCE, assert_lossless, gap, options
 
-from upcycle.load import ffn_modules
 from upcycle.source import open_source
 from upcycle.text import sample_tokens
 
@@ -84,11 +83,8 @@ def test_another_number_is_the_factor_of_the_output(number, dense, dense_outputs
 
 def ffn_outputs(directory, ids):
     """What goes into and comes out of the first layer's FFN."""
-    seen = {}
-    model = conversions.load(directory)
-    path = "transformer.h.{layer}.mlp" if hasattr(getattr(model, "language_model", model), "transformer") else None
-    prefix = "language_model." if hasattr(model, "language_model") else ""
-    module = ffn_modules(model, prefix + (path or "model.layers.{layer}.mlp"), [0])[0]
+    model, seen = conversions.load(directory), {}
+    module = next(module for path, module in model.named_modules() if path.endswith(".0.mlp"))
     module.register_forward_hook(lambda _module, inputs, output: seen.update(x=inputs[0], y=output))
     with torch.inference_mode():
         model(ids[None])

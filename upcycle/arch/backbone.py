@@ -35,7 +35,7 @@ class Backbone:
 def layer_windows(config: Any) -> tuple[int, ...]:
     """Sliding window of each layer in tokens (0 = full attention) of a transformers configuration."""
     window = getattr(config, "sliding_window", None) or 0
-    layers = config.num_hidden_layers
+    layers: int = config.num_hidden_layers
     layer_types = getattr(config, "layer_types", None)
     if layer_types:
         return tuple(window if kind == "sliding_attention" else 0 for kind in layer_types)

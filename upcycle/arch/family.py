@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from upcycle.arch.backbone import Backbone
 from upcycle.errors import SourceError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from upcycle.arch.backbone import Backbone
 
 Role = Literal["gate", "up", "down"]
 Shape = tuple[int, ...]

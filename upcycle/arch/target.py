@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from upcycle.arch.backbone import AttentionBias, Norm, NormPlacement, QkNorm
-from upcycle.arch.family import DenseModel
-from upcycle.arch.moe import MoeShape, RouterOrder
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from upcycle.arch.backbone import AttentionBias, Norm, NormPlacement, QkNorm
+    from upcycle.arch.family import DenseModel
+    from upcycle.arch.moe import MoeShape, RouterOrder
 
 Matrix = Literal["gate", "up", "gate_up", "down"]
 

@@ -176,7 +176,7 @@ def _parse(path: Path, _size: int, _modified: int) -> tuple[str, dict[str, Any]]
                 expected=", ".join(sorted(tables.GGUF_SUPPORTED_ARCHITECTURES)),
                 remedy="use the model's safetensors files",
             )
-        parsed: dict[str, Any] = tables.load_gguf_checkpoint(str(path))["config"]  # type: ignore[no-untyped-call]
+        parsed: dict[str, Any] = tables.load_gguf_checkpoint(str(path))["config"]
     return architecture, parsed
 
 
@@ -208,7 +208,7 @@ def _model_names(
     config = _hf_config(parsed)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            model = AutoModelForCausalLM.from_config(config)
         names: dict[str, str] = get_gguf_hf_weights_map(_Flat(model), processor)
     except (ValueError, NotImplementedError) as error:
         raise SourceError(

@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 ROUTER_ORDERS = ("softmax_topk", "topk_softmax")
 
 
-class UpcycledMoeConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
+class UpcycledMoeConfig(PreTrainedConfig):
     """A dense causal LM's configuration, and what replaces the FFNs of some of its layers.
 
     Args:

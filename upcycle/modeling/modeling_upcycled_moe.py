@@ -133,7 +133,7 @@ class UpcycledMoeSparseMoeBlock(nn.Module):
         return F.dropout(y_TH, self.dropout, self.training).reshape(hidden_states.shape)
 
 
-class UpcycledMoeForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+class UpcycledMoeForCausalLM(PreTrainedModel, GenerationMixin):
     """The dense causal LM that `config.text_config` describes, as `language_model`, with MoE blocks for FFNs."""
 
     config: UpcycledMoeConfig
@@ -149,7 +149,7 @@ class UpcycledMoeForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         super().__init__(config)
         # A dense model refuses a named experts implementation; ours is read from `config`.
         config.text_config._experts_implementation = None
-        self.language_model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        self.language_model = AutoModelForCausalLM.from_config(
             config.text_config, dtype=torch.get_default_dtype()
         )
         for layer in config.moe_layers:

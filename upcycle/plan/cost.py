@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from upcycle.arch.family import DenseModel, Shape
-from upcycle.plan.plan import Plan
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from upcycle.arch.family import DenseModel, Shape
+    from upcycle.plan.plan import Plan
 
 BASE_MEMORY = 300 * 10**6
 
@@ -21,7 +24,7 @@ class Cost:
         parameters: of the MoE.
         active_parameters: of the MoE, used per token.
         bytes_to_write: tensor bytes of the output.
-        dense_flops_per_token: forward, matrix products with weights (2 per weight), head included, attention scores not.
+        dense_flops_per_token: forward, products with weights (2 per weight), head included, attention scores not.
         flops_per_token: the same for the MoE.
         peak_memory: bytes of anonymous memory that `convert` needs at most.
     """

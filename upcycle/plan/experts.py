@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from upcycle.arch.family import DenseModel, Role
-from upcycle.arch.moe import MoeShape
-from upcycle.config import InitConfig
 from upcycle.plan.parts import AddNoise, Beside, DropNeurons, Normal, Part, Range, Take, Zeros
 from upcycle.plan.request import GROUPED_INITS
-from upcycle.plan.scaling import LayerScaling
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from upcycle.arch.family import DenseModel, Role
+    from upcycle.arch.moe import MoeShape
+    from upcycle.config import InitConfig
+    from upcycle.plan.scaling import LayerScaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +90,9 @@ class FfnParts:
         elif role == "down":
             granularity = self.moe.granularity
             factors = (self._shared_share(shard % granularity) / self.shared_gate for shard in shards)
-            yield Beside(parts=tuple(self._take("down", s % granularity, f) for s, f in zip(shards, factors, strict=True)))
+            yield Beside(
+                parts=tuple(self._take("down", s % granularity, f) for s, f in zip(shards, factors, strict=True))
+            )
         else:
             for shard in shards:
                 yield self._take(role, shard % self.moe.granularity, 1.0)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from upcycle.arch.family import Shape
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from upcycle.arch.family import Shape
 
 Range = tuple[int, int]
 Neurons = Literal["coherent", "independent"]

@@ -1,23 +1,24 @@
-"""The frozen plan, and how it is built and checked."""
+"""The frozen plan, and how it is built."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise, starmap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from upcycle.arch.family import DenseModel, Rows, Shape
-from upcycle.arch.moe import MoeShape
 from upcycle.arch.target import Matrix, Target, matrices
-from upcycle.config import InitConfig
+from upcycle.plan.coverage import check_coverage
 from upcycle.plan.experts import FfnParts
-from upcycle.plan.parts import Part, Range, Take, Whole, Zeros, numel, taken
+from upcycle.plan.parts import Part, Take, Whole, Zeros
 from upcycle.plan.scaling import LayerScaling, layer_scaling, lossless
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from upcycle.arch.family import DenseModel, Role, Rows, Shape
+    from upcycle.arch.moe import MoeShape
+    from upcycle.config import InitConfig
 
 SIGMOID_OF_ZERO = 0.5
 
@@ -106,7 +107,8 @@ def build_plan(
         masses: router weight of the selected experts together, by layer, expected or measured.
         has_tied_head: the source stores the head although it is tied.
     """
-    ffn = {"granularity": moe.granularity, "activation": model.activation, "gated": model.family.ffn.gate is not None}
+    gated = model.family.ffn.gate is not None
+    ffn: dict[str, Any] = {"granularity": moe.granularity, "activation": model.activation, "gated": gated}
     scaling = {layer: layer_scaling(init.scaling, mass=masses[layer], **ffn) for layer in moe.layers}
     tensors = tuple(_tensors(model, moe, init, target, dtypes, scaling))
     dropped = {"lm_head.weight": "tied to the embedding"} if has_tied_head else {}
@@ -128,35 +130,6 @@ def build_plan(
     )
     check_coverage(plan, model.tensors())
     return plan
-
-
-def check_coverage(plan: Plan, source: Mapping[str, Shape]) -> None:
-    """Every source element is taken over or its tensor explicitly dropped; every target element is produced once.
-
-    Raises:
-        AssertionError: naming the tensors; the plan is wrong, not the user.
-    """
-    names = Counter(tensor.name for tensor in plan.tensors)
-    twice = [name for name, count in names.items() if count > 1]
-    assert not twice, f"planned twice: {twice}"
-    for tensor in plan.tensors:
-        made, needed = sum(numel(part, source) for part in tensor.parts), math.prod(tensor.shape)
-        assert made == needed, f"{tensor.name} {tensor.shape}: {made} of {needed} elements produced"
-    parts = [part for tensor in plan.tensors for part in tensor.parts]
-    covered = {part.source for part in parts if isinstance(part, Whole)} | set(plan.dropped)
-    rectangles: dict[str, dict[tuple[Range, Range | None], Take]] = defaultdict(dict)
-    for take in (take for part in parts for take in taken(part)):
-        rectangles[take.source][take.rows, take.cols] = take
-    for name, shape in source.items():
-        area = sum(numel(take, source) for take in rectangles[name].values())
-        whole = area == math.prod(shape) and not any(starmap(_overlap, pairwise(sorted(rectangles[name]))))
-        assert name in covered or whole, f"{name} {shape}: {area} of {math.prod(shape)} elements taken over"
-
-
-def _overlap(one: tuple[Range, Range | None], other: tuple[Range, Range | None]) -> bool:
-    """Whether two rectangles share an element; among sorted cuts along one axis only neighbours can."""
-    axes = zip(one, other, strict=True)
-    return all(a is None or b is None or (a[0] < b[1] and b[0] < a[1]) for a, b in axes)
 
 
 def _tensors(
@@ -221,7 +194,7 @@ def _shared_expert(
         return
     for matrix in matrices(names, gated=gated):
         shape = _matrix_shape(matrix, model.hidden_size, parts.width * count)
-        roles = ("gate", "up") if matrix == "gate_up" else (matrix,)
+        roles: tuple[Role, ...] = ("gate", "up") if matrix == "gate_up" else (matrix,)
         made_of = [part for role in roles for part in parts.shared(role)] if count else []
         yield tensor(names[matrix], shape, made_of, "shared")
         if model.ffn_bias:
@@ -261,9 +234,7 @@ def _whole(name: str, source: str, shape: Shape, dtypes: Mapping[str, str]) -> T
 def _rows(name: str, source: str, rows: Rows, model: DenseModel, dtypes: Mapping[str, str]) -> TargetTensor:
     start, stop, hidden = model.size(rows.start), model.size(rows.stop), model.hidden_size
     take = Take(source=source, rows=(start, stop), cols=(0, hidden))
-    return TargetTensor(
-        name=name, shape=(stop - start, hidden), dtype=dtypes[source], parts=(take,), kind="backbone"
-    )
+    return TargetTensor(name=name, shape=(stop - start, hidden), dtype=dtypes[source], parts=(take,), kind="backbone")
 
 
 def _losses(moe: MoeShape, init: InitConfig, *, exact_scale: bool) -> Iterator[str]:
@@ -272,7 +243,7 @@ def _losses(moe: MoeShape, init: InitConfig, *, exact_scale: bool) -> Iterator[s
     if init.name == "random":
         yield "init=random: nothing of the dense FFNs is kept"
     if init.name == "copy" and moe.granularity > 1:
-        yield "init=copy with granularity > 1: experts are chosen one by one, so the selected shards are not a whole FFN"
+        yield "init=copy with granularity > 1: experts are chosen one by one, so those selected are not a whole FFN"
     if init.name == "drop" and init.ratio:
         yield f"init=drop: {init.ratio:g} of each expert's neurons start anew"
     if init.name == "noise" and init.std and init.fraction:
@@ -285,7 +256,8 @@ def _notes(moe: MoeShape, init: InitConfig, target: Target) -> Iterator[str]:
     if init.scaling == "calibrated":
         yield "convert measures the factors layer by layer; plan shows the expected ones"
     if not target.generic:
-        yield f"{target.model_type} computes router logits in the model's dtype: in bfloat16 about 0.5% of tokens split a group"
+        logits = f"{target.model_type} computes router logits in the model's dtype"
+        yield f"{logits}: in bfloat16 about 0.5% of tokens split a group"
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from upcycle.arch.moe import MoeShape, RouterOrder
-from upcycle.config import InitConfig, MoeConfig
 from upcycle.errors import ConfigError, near_misses
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from upcycle.config import InitConfig, MoeConfig
 
 ROUTER_ORDERS: tuple[RouterOrder, ...] = ("softmax_topk", "topk_softmax")
 SCALING_RULES = ("exact", "paper", "calibrated", "none")
@@ -51,7 +55,7 @@ def moe_shape(config: MoeConfig, init: InitConfig, *, ffn_width: int, layers: in
     if init.name in GROUPED_INITS and config.top_k % config.granularity:
         multiples = range(config.granularity, experts + 1, config.granularity)
         raise ConfigError(
-            "moe.top_k would break virtual groups: a group of granularity experts is the whole FFN only if all are active",
+            "moe.top_k would break virtual groups: granularity experts are the whole FFN only if all are active",
             found=f"top_k {config.top_k} % granularity {config.granularity} = {config.top_k % config.granularity}",
             expected="a multiple of granularity",
             remedy=f"set moe.top_k to {_nearest(config.top_k, multiples)}, or take init=copy or init=random",
@@ -104,7 +108,9 @@ def moe_layers(request: object, layers: int) -> tuple[int, ...]:
     else:
         raise ConfigError("moe.layers is not understood", found=request, expected=expected)
     if not chosen or chosen[0] < 0 or chosen[-1] >= layers:
-        raise ConfigError("moe.layers names no layer, or one that the model does not have", found=request, expected=expected)
+        raise ConfigError(
+            "moe.layers names no layer, or one that the model does not have", found=request, expected=expected
+        )
     return tuple(chosen)
 
 

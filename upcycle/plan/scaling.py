@@ -8,11 +8,14 @@ output is multiplied by a = G/mass, which is E*G^2/T and G respectively.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from upcycle.arch.family import Role
-from upcycle.arch.moe import MoeShape
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from upcycle.arch.family import Role
+    from upcycle.arch.moe import MoeShape
 
 HOMOGENEITY = {"relu": 1, "relu2": 2}
 
@@ -45,7 +48,7 @@ def degree(activation: str, *, gated: bool) -> int:
 def exact(output: float, *, granularity: int, degree: int, gated: bool) -> LayerScaling:
     """Scale the output by exactly `output`, whatever the activation.
 
-    The up matrix takes a power of two u (about the (degree+1)-th root of a), the down matrix a/u^degree; the gate stays.
+    The up matrix takes a power of two u (about the (degree+1)-th root of a), the down matrix a/u^degree, the gate none.
     Powers of two lose nothing in storage, so a = 32 is exact in bfloat16 too. With degree 0 the down matrix takes all.
     """
     up = 2.0 ** math.floor(math.log2(output) / (degree + 1)) if degree else 1.0
@@ -71,13 +74,13 @@ def paper(output: float, *, granularity: int, degree: int, gated: bool) -> Layer
 
 def unscaled(*, gated: bool) -> LayerScaling:
     """No factor anywhere."""
-    ones: dict[Role, float] = {"up": 1.0, "down": 1.0} | ({"gate": 1.0} if gated else {})
+    ones: dict[Role, float] = {"up": 1.0, "down": 1.0}
+    if gated:
+        ones["gate"] = 1.0
     return LayerScaling(output=1.0, matrix=ones, bias=ones)
 
 
-def layer_scaling(
-    rule: str | float, *, mass: float, granularity: int, activation: str, gated: bool
-) -> LayerScaling:
+def layer_scaling(rule: str | float, *, mass: float, granularity: int, activation: str, gated: bool) -> LayerScaling:
     """The factors of one layer.
 
     Args:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from upcycle.arch.family import DenseModel
-from upcycle.arch.moe import MoeShape
-from upcycle.arch.target import Target
+from typing import TYPE_CHECKING
+
 from upcycle.arch.targets import TARGETS
 from upcycle.errors import ConfigError, TargetError, near_misses
+
+if TYPE_CHECKING:
+    from upcycle.arch.family import DenseModel
+    from upcycle.arch.moe import MoeShape
+    from upcycle.arch.target import Target
 
 
 def select_target(name: str, model: DenseModel, moe: MoeShape) -> tuple[Target, tuple[str, ...]]:

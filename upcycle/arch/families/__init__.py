@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from typing import TYPE_CHECKING
 
-from upcycle.arch.family import Family
+if TYPE_CHECKING:
+    from upcycle.arch.family import Family
 
 
 def _discover() -> dict[str, Family]:

@@ -8,6 +8,7 @@ from upcycle.arch.backbone import Backbone
 from upcycle.arch.families.common import EMBEDDING_AND_NORM, PRE_NORM, QKVO, QKVO_BIAS
 from upcycle.arch.family import Family
 
+
 def backbone(config: Any) -> Backbone:
     return Backbone(
         norm="rmsnorm_plus_one",

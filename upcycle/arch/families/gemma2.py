@@ -8,6 +8,7 @@ from upcycle.arch.backbone import Backbone, layer_windows
 from upcycle.arch.families.common import EMBEDDING_AND_NORM, QKVO, QKVO_BIAS, SANDWICH_NORM
 from upcycle.arch.family import Family
 
+
 def backbone(config: Any) -> Backbone:
     return Backbone(
         norm="rmsnorm_plus_one",

@@ -7,6 +7,7 @@ from typing import Any
 from upcycle.arch.backbone import Backbone
 from upcycle.arch.family import Family, Ffn
 
+
 def backbone(config: Any) -> Backbone:
     return Backbone(
         norm="layernorm",

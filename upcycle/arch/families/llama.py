@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from upcycle.arch.backbone import Backbone, layer_windows, rope_extras
+from upcycle.arch.backbone import Backbone, rope_extras
 from upcycle.arch.families.common import EMBEDDING_AND_NORM, PRE_NORM, QKVO, QKVO_BIAS
 from upcycle.arch.family import Family, Ffn
+
 
 def backbone(config: Any) -> Backbone:
     return Backbone(

@@ -8,6 +8,7 @@ from upcycle.arch.backbone import Backbone, layer_windows, rope_extras
 from upcycle.arch.families.common import EMBEDDING_AND_NORM, PRE_NORM, QKVO
 from upcycle.arch.family import Family
 
+
 def backbone(config: Any) -> Backbone:
     return Backbone(windows=layer_windows(config), extras=rope_extras(config))
 

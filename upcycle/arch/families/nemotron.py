@@ -8,6 +8,7 @@ from upcycle.arch.backbone import Backbone, rope_extras
 from upcycle.arch.families.common import EMBEDDING_AND_NORM, PRE_NORM, QKVO, QKVO_BIAS
 from upcycle.arch.family import Family, Ffn
 
+
 def backbone(config: Any) -> Backbone:
     return Backbone(
         norm="layernorm_plus_one",

@@ -8,6 +8,7 @@ from upcycle.arch.backbone import Backbone
 from upcycle.arch.families.common import EMBEDDING, QKVO, QKVO_BIAS
 from upcycle.arch.family import Family
 
+
 def backbone(config: Any) -> Backbone:
     return Backbone(
         norm="layernorm_without_weights",

@@ -8,6 +8,7 @@ from upcycle.arch.backbone import Backbone, rope_extras
 from upcycle.arch.families.common import EMBEDDING_AND_NORM, FULL_QK_NORM, POST_NORM, QKVO, QKVO_BIAS
 from upcycle.arch.family import Family
 
+
 def backbone(config: Any) -> Backbone:
     return Backbone(
         norm_placement="post",

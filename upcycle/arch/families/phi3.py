@@ -8,6 +8,7 @@ from upcycle.arch.backbone import Backbone, layer_windows, rope_extras
 from upcycle.arch.families.common import EMBEDDING_AND_NORM, PRE_NORM
 from upcycle.arch.family import Family, Ffn, Rows
 
+
 def backbone(config: Any) -> Backbone:
     dropped = {name: getattr(config, name, 0.0) for name in ("resid_pdrop", "embd_pdrop")}
     rope_type = config.rope_parameters["rope_type"]

@@ -8,6 +8,7 @@ from upcycle.arch.backbone import Backbone, layer_windows, rope_extras
 from upcycle.arch.families.common import EMBEDDING_AND_NORM, PRE_NORM, QKV_BIAS, QKVO
 from upcycle.arch.family import Family
 
+
 def backbone(config: Any) -> Backbone:
     return Backbone(attention_bias="qkv", windows=layer_windows(config), extras=rope_extras(config))
 

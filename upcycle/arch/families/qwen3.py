@@ -8,6 +8,7 @@ from upcycle.arch.backbone import Backbone, layer_windows, rope_extras
 from upcycle.arch.families.common import EMBEDDING_AND_NORM, HEAD_QK_NORM, PRE_NORM, QKVO, QKVO_BIAS
 from upcycle.arch.family import Family
 
+
 def backbone(config: Any) -> Backbone:
     return Backbone(
         qk_norm="head",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from upcycle.arch.family import DenseModel
-from upcycle.arch.moe import MoeShape
 from upcycle.arch.target import Layout, Target, native_fields
+
+if TYPE_CHECKING:
+    from upcycle.arch.family import DenseModel
+    from upcycle.arch.moe import MoeShape
 
 
 def fields(model: DenseModel, moe: MoeShape) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from upcycle.arch.family import DenseModel
-from upcycle.arch.moe import MoeShape
 from upcycle.arch.target import Layout, Target
+
+if TYPE_CHECKING:
+    from upcycle.arch.family import DenseModel
+    from upcycle.arch.moe import MoeShape
 
 # What a dense config says about the file it came from, not about the model.
 OF_THE_FILE = ("_name_or_path", "dtype", "transformers_version")

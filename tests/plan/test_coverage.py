@@ -1,0 +1,171 @@
+"""Properties of every plan: nothing is forgotten, nothing twice, and every share adds up."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+
+import models
+import pytest
+from conversions import ROUTER_ORDERS, described, planned
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from upcycle.plan.parts import Beside, DropNeurons, Normal, Take, Whole, Zeros, numel, taken
+from upcycle.plan.coverage import check_coverage
+
+INITS = ("virtual_group", "copy", "drop", "noise", "random")
+
+
+@st.composite
+def requests(draw, inits=INITS):
+    """A model of any family and any shape, and a request that it can fulfil."""
+    name = draw(st.sampled_from(sorted(models.MODELS)))
+    granularity, width = draw(st.integers(1, 6)), draw(st.integers(1, 5))
+    kv_heads = draw(st.sampled_from([1, 2]))
+    sizes = {"num_hidden_layers": draw(st.integers(1, 4)), "vocab_size": draw(st.integers(5, 9))}
+    if models.MODELS[name]["model_type"] == "gpt2":
+        sizes |= {"n_inner": granularity * width, "n_embd": 8 * draw(st.integers(1, 3))}
+    elif name != "qwen3_one_head":
+        sizes |= {"intermediate_size": granularity * width, "head_dim": 2 * draw(st.integers(1, 4))}
+        sizes |= {"hidden_size": 8 * draw(st.integers(1, 3)), "num_key_value_heads": kv_heads}
+        sizes |= {"num_attention_heads": kv_heads * draw(st.sampled_from([1, 2]))}
+    else:
+        sizes |= {"intermediate_size": granularity * width}
+    if models.MODELS[name]["model_type"] in ("phi3", "olmo", "olmo2"):
+        sizes.pop("head_dim", None)
+    model = described(name, **sizes)
+    groups = draw(st.integers(1, 3))
+    request = {
+        "granularity": granularity,
+        "expansion": draw(st.integers(groups, 4)),
+        "top_k": groups * granularity,
+        "shared_experts": draw(st.integers(0, 2 * granularity + 1)),
+        "layers": draw(st.lists(st.integers(0, model.layers - 1), min_size=1, unique=True)),
+        "router_order": draw(st.sampled_from(ROUTER_ORDERS)),
+        "init": draw(st.sampled_from(inits)),
+        "target": draw(st.sampled_from(["auto", "upcycled_moe"])),
+    }
+    return model, request
+
+
+@given(requests())
+def test_every_tensor_is_complete_and_named_once(case):
+    model, request = case
+    plan = planned(model, **request)
+    names = [tensor.name for tensor in plan.tensors]
+    assert len(names) == len(set(names))
+    for tensor in plan.tensors:
+        elements = 1
+        for size in tensor.shape:
+            elements *= size
+        assert sum(numel(part, model.tensors()) for part in tensor.parts) == elements
+
+
+@given(requests())
+def test_every_source_element_is_used_or_its_tensor_dropped(case):
+    """Counted here element by element, by reading every part from a source that counts."""
+    model, request = case
+    plan = planned(model, **request)
+    used = defaultdict(set)
+    for part in (part for tensor in plan.tensors for part in tensor.parts):
+        if isinstance(part, Whole):
+            used[part.source] = None
+        for take in taken(part):
+            for row in range(*take.rows):
+                used[take.source] |= {(row, col) for col in range(*(take.cols or (0, 1)))}
+    assert set(used) | set(plan.dropped) == set(model.tensors())
+    assert set(used).isdisjoint(plan.dropped)
+    for name, elements in used.items():
+        shape = model.tensors()[name]
+        if elements is not None:
+            transposed = model.family.ffn.transposed and len(shape) == 2
+            rows, cols = (*(reversed(shape) if transposed else shape), 1)[:2]
+            assert elements == {(row, col) for row in range(rows) for col in range(cols)}
+
+
+@given(requests(inits=("virtual_group", "copy")))
+def test_shares_of_routed_and_shared_experts_add_up_to_one_ffn(case):
+    """For every shard: the routed copies' share, and the shared ones' behind their sigmoid, are one FFN together."""
+    model, request = case
+    plan = planned(model, **request)
+    for layer in plan.moe.layers:
+        routed, shared = shares(plan, model, layer)
+        width = model.ffn_width // plan.moe.granularity
+        for shard in range(plan.moe.granularity):
+            (share,) = routed[shard * width]
+            assert share + sum(shared[shard * width]) == pytest.approx(1.0)
+
+
+def shares(plan, model, layer):
+    """By first neuron of a shard: what its down matrix contributes, in units of the dense FFN's."""
+    routed, shared = defaultdict(set), defaultdict(list)
+    gate = 0.5 if plan.target == "qwen2_moe" else 1.0
+    source = model.ffn_tensor(layer, "down")
+    for tensor in plan.tensors:
+        for part in tensor.parts:
+            for take in taken(part):
+                if take.source == source and tensor.kind == "expert":
+                    routed[take.cols[0]].add(take.factor / plan.scaling[layer].matrix["down"])
+                elif take.source == source and tensor.kind == "shared":
+                    shared[take.cols[0]].append(take.factor * gate)
+    return routed, shared
+
+
+@given(requests(inits=("virtual_group",)))
+def test_router_rows_are_tied_in_groups(case):
+    model, request = case
+    plan = planned(model, **request)
+    routers = [tensor for tensor in plan.tensors if tensor.kind == "router"]
+    assert len(routers) == len(plan.moe.layers)
+    assert len({router.parts[0].key for router in routers}) == len(routers)
+    for router in routers:
+        assert router.shape == (plan.moe.experts, model.hidden_size)
+        assert router.parts[0].repeat == plan.moe.granularity
+
+
+MUTANTS = {
+    "a tensor dropped": lambda tensors, index, part: tensors[:index] + tensors[index + 1 :],
+    "a tensor twice": lambda tensors, index, part: [*tensors, tensors[index]],
+    "a part dropped": lambda tensors, index, part: with_parts(tensors, index, lambda parts: parts[:part] + parts[part + 1 :]),
+    "a part twice": lambda tensors, index, part: with_parts(tensors, index, lambda parts: [*parts, parts[part]]),
+    "rows shifted": lambda tensors, index, part: with_parts(
+        tensors, index, lambda parts: [*parts[:part], shifted(parts[part]), *parts[part + 1 :]]
+    ),
+}
+
+
+def with_parts(tensors, index, change):
+    changed = replace(tensors[index], parts=tuple(change(list(tensors[index].parts))))
+    return [*tensors[:index], changed, *tensors[index + 1 :]]
+
+
+def shifted(part):
+    match part:
+        case Take():
+            return replace(part, rows=tuple(row + 1 for row in part.rows))
+        case Beside():
+            return replace(part, parts=tuple(shifted(each) for each in part.parts))
+        case Whole():
+            return Take(source=part.source, rows=(1, 2))
+        case Normal() | Zeros() | DropNeurons():
+            return Zeros(numel=1)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+@given(case=requests(inits=("virtual_group",)), choice=st.integers(0, 10**6))
+@settings(max_examples=30)
+def test_mutated_plan_is_rejected(mutant, case, choice):
+    model, request = case
+    plan = planned(model, **request | {"expansion": 1, "top_k": request["granularity"], "shared_experts": 0})
+    sources = list(plan.tensors)
+    if mutant == "a tensor dropped":  # of a router, only transformers knows
+        sources = [tensor for tensor in plan.tensors if any(isinstance(p, Whole) or taken(p) for p in tensor.parts)]
+    else:
+        sources = [tensor for tensor in plan.tensors if tensor.parts]
+    tensor = sources[choice % len(sources)]
+    index, part = plan.tensors.index(tensor), choice % len(tensor.parts)
+    mutated = replace(plan, tensors=tuple(MUTANTS[mutant](list(plan.tensors), index, part)))
+    check_coverage(plan, model.tensors())
+    with pytest.raises(AssertionError, match="not taken over exactly|produced|planned twice"):
+        check_coverage(mutated, model.tensors())

@@ -1,0 +1,58 @@
+"""Checks that a plan forgets nothing and makes nothing twice."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from dataclasses import replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from upcycle.plan.parts import Range, Take, Whole, numel, taken
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from upcycle.arch.family import Shape
+    from upcycle.plan.plan import Plan
+
+
+def check_coverage(plan: Plan, source: Mapping[str, Shape]) -> None:
+    """Every source element is taken over or its tensor explicitly dropped; every target element is produced once.
+
+    Raises:
+        AssertionError: naming the tensors; the plan is wrong, not the user.
+    """
+    twice = [name for name, count in Counter(tensor.name for tensor in plan.tensors).items() if count > 1]
+    assert not twice, f"planned twice: {twice}"
+    for tensor in plan.tensors:
+        made, needed = sum(numel(part, source) for part in tensor.parts), math.prod(tensor.shape)
+        assert made == needed, f"{tensor.name} {tensor.shape}: {made} of {needed} elements produced"
+    parts = [part for tensor in plan.tensors for part in tensor.parts]
+    covered = {part.source for part in parts if isinstance(part, Whole)} | set(plan.dropped)
+    takes: dict[str, set[Take]] = defaultdict(set)
+    for take in (take for part in parts for take in taken(part)):
+        takes[take.source].add(replace(take, factor=1.0))
+    for name, shape in source.items():
+        assert name in covered or _tile(takes[name], shape), f"{name} {shape}: not taken over exactly"
+
+
+def _tile(takes: Iterable[Take], shape: Shape) -> bool:
+    """Whether rectangles, cut along one axis, cover a tensor exactly once."""
+    ordered = sorted(takes, key=lambda take: (take.rows, take.cols or ()))
+    inside = all(_inside(take, shape) for take in ordered)
+    disjoint = not any(_overlap(one, other) for one, other in pairwise(ordered))
+    return inside and disjoint and sum(numel(take, {}) for take in ordered) == math.prod(shape)
+
+
+def _inside(take: Take, shape: Shape) -> bool:
+    sizes = reversed(shape) if take.transposed else shape
+    return all(end <= size for (_, end), size in zip(_ranges(take), sizes, strict=True))
+
+
+def _overlap(one: Take, other: Take) -> bool:
+    return all(a[0] < b[1] and b[0] < a[1] for a, b in zip(_ranges(one), _ranges(other), strict=True))
+
+
+def _ranges(take: Take) -> tuple[Range, ...]:
+    return (take.rows, take.cols) if take.cols else (take.rows,)

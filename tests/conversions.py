@@ -39,9 +39,7 @@ TOLERANCE = {"softmax_topk": 6e-3, "topk_softmax": 1e-5}
 
 def options(source: Path | str, output: Path | str, *, init: str = "virtual_group", **changes: Any) -> ConvertConfig:
     """Options of `convert`: E4G2T2, and what is named; names of `moe.*` and `init.*` are given without the prefix."""
-    moe = MoeConfig(
-        expansion=4, granularity=2, top_k=2, router_order="softmax_topk", shared_experts=0, layers="all"
-    )
+    moe = MoeConfig(expansion=4, granularity=2, top_k=2, router_order="softmax_topk", shared_experts=0, layers="all")
     start = InitConfig(name=init, scaling="exact", router_std=ROUTER_STD, ratio=0.5, std=0.1)
     request = ConvertConfig(
         source=str(source),
@@ -95,7 +93,7 @@ def planned(model: DenseModel, **changes: Any) -> Plan:
     moe = moe_shape(request.moe, request.init, ffn_width=model.ffn_width, layers=model.layers)
     target, why = select_target(request.target, model, moe)
     dtypes, masses = dict.fromkeys(model.tensors(), "F32"), dict.fromkeys(moe.layers, expected_mass(moe))
-    return build_plan(model, moe, request.init, target, why, dtypes=dtypes, masses=masses)
+    return build_plan(model, moe, request.init, target, why, dtypes=dtypes, masses=masses, dropped={})
 
 
 def load(directory: Path, **arguments: Any) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Tiny real Hugging Face models, built on the spot: one line per model in which a family, or an option of one, differs."""
+"""Tiny real Hugging Face models, built on the spot: one line for every family, and for every option that matters."""
 
 from __future__ import annotations
 
@@ -30,12 +30,19 @@ _COMMON = {
     "eos_token_id": 2,
     "pad_token_id": 3,
 }
-_GPT2 = {"vocab_size": VOCAB, "n_embd": HIDDEN, "n_inner": WIDTH, "n_layer": LAYERS, "n_head": 4, "n_positions": POSITIONS}
+_GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": HIDDEN,
+    "n_inner": WIDTH,
+    "n_layer": LAYERS,
+    "n_head": 4,
+    "n_positions": POSITIONS,
+}
 _GPT2 |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 _GEMMA = {"head_dim": 8}
 _SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW}
 _BIASES = {"attention_bias": True, "mlp_bias": True}
-_LLAMA3 = {
+LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 1000.0,
     "factor": 4.0,
@@ -43,16 +50,18 @@ _LLAMA3 = {
     "high_freq_factor": 2.0,
     "original_max_position_embeddings": 16,
 }
-_YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+_LONGROPE = {"rope_type": "longrope", "rope_theta": 1000.0, "short_factor": [1.0, 1.1, 1.2, 1.3]}
+_LONGROPE |= {"long_factor": [1.0, 2.0, 3.0, 4.0]}
 _HALF_ROTARY = {"rope_type": "default", "partial_rotary_factor": 0.5}
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
-    "llama_tied": {"model_type": "llama", "tie_word_embeddings": True, "rope_parameters": _LLAMA3},
+    "llama_tied": {"model_type": "llama", "tie_word_embeddings": True, "rope_parameters": LLAMA3},
     "llama_biases": {"model_type": "llama", **_BIASES},
     "llama_attention_bias": {"model_type": "llama", "attention_bias": True},
     "mistral": {"model_type": "mistral", "sliding_window": WINDOW, "head_dim": 16},
-    "mistral_full": {"model_type": "mistral", "sliding_window": None, "rope_parameters": _YARN},
+    "mistral_full": {"model_type": "mistral", "sliding_window": None, "rope_parameters": YARN},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2_windows": {"model_type": "qwen2", **_SLIDING, "max_window_layers": 1},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
@@ -67,6 +76,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "phi3": {"model_type": "phi3"},
     "phi3_windows": {"model_type": "phi3", "sliding_window": WINDOW, "tie_word_embeddings": True},
     "phi3_partial_rotary": {"model_type": "phi3", "rope_parameters": {"rope_theta": 1000.0, **_HALF_ROTARY}},
+    "phi3_longrope": {"model_type": "phi3", "rope_parameters": _LONGROPE, "original_max_position_embeddings": 8},
     "gpt2": {"model_type": "gpt2", **_GPT2},
     "gpt2_untied": {"model_type": "gpt2", **_GPT2, "tie_word_embeddings": False, "activation_function": "relu"},
     "nemotron": {"model_type": "nemotron"},
@@ -106,7 +116,7 @@ def token_ids() -> torch.Tensor:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-pair tokenizer of VOCAB tokens with the special tokens that the models' configs name, and a chat template."""
+    """A byte-pair tokenizer of VOCAB tokens with the special tokens that the configs name, and a chat template."""
     special = ["<unk>", "<s>", "</s>", "<pad>"]
     made = Tokenizer(BPE(unk_token="<unk>"))
     made.pre_tokenizer = Whitespace()

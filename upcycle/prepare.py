@@ -72,9 +72,7 @@ def prepare(config: ConversionConfig, *, execute: bool) -> Conversion:
     masses: Mapping[int, float] = dict.fromkeys(moe.layers, expected_mass(moe))
     if config.init.scaling == "calibrated" and moe.router_order == "softmax_topk" and execute:
         masses = measured_masses(source, moe, config.init, seed=config.seed, tokens=config.calibration_tokens)
-    plan = build_plan(
-        model, moe, config.init, target, why, dtypes=dtypes, masses=masses, has_tied_head=source.has_tied_head
-    )
+    plan = build_plan(model, moe, config.init, target, why, dtypes=dtypes, masses=masses, dropped=source.dropped)
     specs = [TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in plan.tensors]
     return Conversion(
         source=source,

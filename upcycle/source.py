@@ -50,6 +50,7 @@ class DenseSource:
         model: the architecture with its sizes.
         reader: lazy reader; None when only config and index are there.
         stored: the model's tensor name -> the name in the files.
+        buffers: names in the files of buffers that no model reads.
     """
 
     given: str
@@ -57,6 +58,7 @@ class DenseSource:
     model: DenseModel
     reader: TensorReader | None
     stored: Mapping[str, str]
+    buffers: tuple[str, ...]
 
     @property
     def is_gguf(self) -> bool:
@@ -69,8 +71,11 @@ class DenseSource:
         return tuple(sorted({*weights, self.path if self.is_gguf else self.path / "config.json"}))
 
     @property
-    def has_tied_head(self) -> bool:
-        return self.model.tied and "lm_head.weight" in self.stored
+    def dropped(self) -> dict[str, str]:
+        """Stored tensors that no conversion takes over, and why."""
+        tied = ["lm_head.weight"] if self.model.tied and "lm_head.weight" in self.stored else []
+        buffers = dict.fromkeys(self.buffers, "a buffer that the model computes anew")
+        return {**dict.fromkeys(tied, "tied to the embedding"), **buffers}
 
     def read(self, name: str) -> Tensor:
         """A tensor by the model's name for it."""
@@ -133,7 +138,9 @@ def open_source(given: str, *, need_weights: bool = True) -> DenseSource:
         reader = None
         names = read_index_names(path)
         shapes = dict.fromkeys(names if names is not None else model.tensors())
-    return DenseSource(given=given, path=path, model=model, reader=reader, stored=_match(model, shapes))
+    stored = _match(model, shapes)
+    buffers = tuple(sorted(set(shapes) - set(stored.values())))
+    return DenseSource(given=given, path=path, model=model, reader=reader, stored=stored, buffers=buffers)
 
 
 def _match(model: DenseModel, shapes: Mapping[str, Shape | None]) -> dict[str, str]:

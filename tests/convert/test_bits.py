@@ -102,3 +102,15 @@ def test_a_smaller_type_widens_exactly(bfloat16, tmp_path):
     done = conversions.run(options(source, tmp_path / "moe", dtype="float32", router_order="topk_softmax"))
     assert {tensor.dtype for tensor in conversions.read_tensors(done.directory).values()} == {torch.float32}
     assert_lossless(done.directory, conversions.outputs(source), TOLERANCE["topk_softmax"])
+
+
+def test_a_layer_of_mixed_types_takes_the_wider_one(bfloat16, tmp_path):
+    """A gate in float32 beside matrices in bfloat16 must not be rounded (found by this test: it was)."""
+    source = bfloat16("llama")
+    gate = "model.layers.0.mlp.gate_proj.weight"
+    conversions.edit(source, lambda tensors: tensors.update({gate: tensors[gate].float() * 1.0001}))
+    done = conversions.run(options(source, tmp_path / "moe", target="upcycled_moe", router_order="topk_softmax"))
+    assert_lossless(done.directory, conversions.outputs(source), TOLERANCE["topk_softmax"])
+    types = {key: tensor.dtype for key, tensor in conversions.read_tensors(done.directory).items() if "experts" in key}
+    assert {dtype for key, dtype in types.items() if "layers.0" in key} == {torch.float32}
+    assert {dtype for key, dtype in types.items() if "layers.1" in key} == {torch.bfloat16}

@@ -24,9 +24,9 @@ def changed_neurons(name, dense, tmp_path, **changes):
             sets = []
             for role in ("gate", "up", "down"):
                 key = STEM.format(layer=layer, expert=expert, role=role)
-                same = new[key] == old[key]
-                whole, none = (same.T if role == "down" else same).all(dim=1), (same.T if role == "down" else same).any(1)
-                assert torch.equal(whole, none)  # a neuron is kept bit for bit, or drawn anew in every weight
+                same = (new[key] == old[key]).movedim(int(role == "down"), 0)  # neurons first
+                whole, some = same.all(dim=1), same.any(dim=1)
+                assert torch.equal(whole, some)  # a neuron is kept bit for bit, or drawn anew in every weight
                 sets.append(frozenset((~whole).nonzero().flatten().tolist()))
             found[layer, expert] = sets
     return found

@@ -35,7 +35,7 @@ def test_plan_is_the_golden_one(name, dense):
     found = plan_of(name, dense(name))
     if os.environ.get("UPDATE_GOLDEN"):
         file.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    assert found == json.loads(file.read_text()), "if the change is meant: UPDATE_GOLDEN=1 pytest tests/plan/test_golden.py"
+    assert found == json.loads(file.read_text()), "if this is meant: UPDATE_GOLDEN=1 pytest tests/plan/test_golden.py"
 
 
 def test_no_golden_plan_is_left_over():

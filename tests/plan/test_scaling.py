@@ -32,9 +32,7 @@ def test_factor_is_that_of_the_paper(expansion, granularity, top_k, softmax_topk
     """E*G^2/T for softmax-then-topK, G for topK-then-softmax."""
     for order, factor in (("softmax_topk", softmax_topk), ("topk_softmax", topk_softmax)):
         moe = shape(order, expansion=expansion, granularity=granularity, top_k=top_k)
-        found = layer_scaling(
-            "exact", mass=expected_mass(moe), granularity=granularity, activation="silu", gated=True
-        )
+        found = layer_scaling("exact", mass=expected_mass(moe), granularity=granularity, activation="silu", gated=True)
         assert found.output == pytest.approx(factor)
 
 
@@ -72,12 +70,13 @@ def assert_multiplies(scaling, activation, gated):
         return h @ down * factors["down"]
 
     ones = {"gate": 1.0, "up": 1.0, "down": 1.0}
-    torch.testing.assert_close(ffn(scaling.matrix, scaling.bias), scaling.output * ffn(ones, ones), rtol=1e-9, atol=1e-9)
+    expected = scaling.output * ffn(ones, ones)
+    torch.testing.assert_close(ffn(scaling.matrix, scaling.bias), expected, rtol=1e-9, atol=1e-9)
 
 
 @given(mass=MASSES, granularity=GRANULARITIES)
 def test_down_bias_of_all_selected_experts_adds_up_to_one(mass, granularity):
-    """Experts with weights that add up to `mass`, and factor 1/G in the output: bias * factor * mass must be the bias."""
+    """Every selected expert adds the down bias, weighted: with weights that add up to `mass`, that must be one bias."""
     for rule in ("exact", "paper", "calibrated"):
         scaling = layer_scaling(rule, mass=mass, granularity=granularity, activation="gelu", gated=False)
         assert scaling.bias["down"] * mass == pytest.approx(1.0)

@@ -93,7 +93,7 @@ def build_plan(
     *,
     dtypes: Mapping[str, str],
     masses: Mapping[int, float],
-    has_tied_head: bool = False,
+    dropped: Mapping[str, str],
 ) -> Plan:
     """Plan a conversion.
 
@@ -105,16 +105,15 @@ def build_plan(
         why: the reasons for the type.
         dtypes: safetensors code of every source tensor after conversion to the output's dtype.
         masses: router weight of the selected experts together, by layer, expected or measured.
-        has_tied_head: the source stores the head although it is tied.
+        dropped: stored tensors that the model does not need, and why.
     """
     gated = model.family.ffn.gate is not None
     ffn: dict[str, Any] = {"granularity": moe.granularity, "activation": model.activation, "gated": gated}
     scaling = {layer: layer_scaling(init.scaling, mass=masses[layer], **ffn) for layer in moe.layers}
     tensors = tuple(_tensors(model, moe, init, target, dtypes, scaling))
-    dropped = {"lm_head.weight": "tied to the embedding"} if has_tied_head else {}
     if init.name == "random":
         reason = "replaced by random experts"
-        dropped |= {name: reason for layer in moe.layers for name, _ in _ffn_tensors(model, layer)}
+        dropped = {**dropped, **{name: reason for layer in moe.layers for name, _ in _ffn_tensors(model, layer)}}
     exact_scale = all(lossless(init.scaling, mass=masses[layer], **ffn) for layer in moe.layers)
     plan = Plan(
         target=target.model_type,
@@ -160,7 +159,13 @@ def _tensors(
             parts = FfnParts(
                 model=model, moe=moe, init=init, layer=layer, scaling=scaling[layer], shared_gate=shared_gate
             )
-            yield from _moe_layer(parts, target, prefix + start, dtypes[model.ffn_tensor(layer, "up")])
+            dtype = _common_dtype({dtypes[name] for name, _ in _ffn_tensors(model, layer)})
+            yield from _moe_layer(parts, target, prefix + start, dtype)
+
+
+def _common_dtype(codes: set[str]) -> str:
+    """The narrowest type that holds the values of all these exactly."""
+    return next(iter(codes)) if len(codes) == 1 else "F64" if "F64" in codes else "F32"
 
 
 def _moe_layer(parts: FfnParts, target: Target, start: str, dtype: str) -> Iterator[TargetTensor]:

@@ -9,6 +9,7 @@ import conversions
 import models
 import pytest
 import torch
+from hypothesis import settings
 from transformers.utils import logging
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 logging.disable_progress_bar()
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
 torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other on a busy machine cost seconds
 
 

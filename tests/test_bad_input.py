@@ -291,6 +291,13 @@ def test_broken_index(convert, source, text):
     convert().refused(INDEX)
 
 
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\x00\x00\x00" + bytes(16), b"not GGUF at all" * 10])
+def test_damaged_gguf(convert, tmp_path, content):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(content)
+    convert(given=file).refused("model.gguf", found="")
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("shard_size", ["5GB", "1KB"])
 def test_not_finite(convert, source, value, shard_size):

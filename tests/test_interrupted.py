@@ -18,8 +18,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from cli import SMALL, Outcome, command, contents, edit_tensor, process
+from cli import SMALL, Outcome, command, contents, edit_tensor
 from safetensors.torch import save_file
+
+from upcycle.checkpoint import files as file_operations
+from upcycle.cli import main
+from upcycle.materialise import Materialiser
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,8 +79,12 @@ def size_of(file: Path) -> int:
 def whole(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The uninterrupted conversion."""
     output = tmp_path_factory.mktemp("whole") / "output"
-    outcome = process("convert", f"source={tiny_llama}", f"output={output}", *SMALL, SHARD, cwd=output.parent)
-    assert outcome.status == 0, outcome.err
+    line = ["upcycle", "convert", f"source={tiny_llama}", f"output={output}", *SMALL, SHARD]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", line)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert ended.value.code == 0
     assert len(list(output.glob("model-*"))) > 8
     return output
 
@@ -128,6 +136,25 @@ def test_ctrl_c(upcycle, tiny_llama, tmp_path, whole, share):
     assert contents(output) == contents(whole)
 
 
+@pytest.mark.parametrize("becomes", ["an error", "nothing"])
+def test_ctrl_c_inside_c_code(upcycle, tiny_llama, tmp_path, monkeypatch, becomes):
+    """torch turns a KeyboardInterrupt that meets its C code into a ValueError; other code may swallow it."""
+    values = Materialiser.values
+
+    def interrupted(self, part, dtype):
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        if becomes == "an error":
+            raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
+        return values(self, part, dtype)
+
+    monkeypatch.setattr(Materialiser, "values", interrupted)
+    outcome = upcycle("convert", f"source={tiny_llama}", f"output={tmp_path / 'output'}", *SMALL)
+    assert outcome.status == 130
+    assert outcome.err.endswith("upcycle: interrupted\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"work"}
+
+
 def test_resume_with_another_request(upcycle, tiny_llama, source, tmp_path, whole):
     """A staging directory of another source, seed or layout is not continued, and not touched."""
     staging = tmp_path / ".output.partial"
@@ -152,8 +179,6 @@ def test_resume_with_another_request(upcycle, tiny_llama, source, tmp_path, whol
 
 def fill_up(upcycle, arguments) -> None:
     """Convert onto a disk that is full after 20,000 bytes."""
-    from upcycle.checkpoint import files
-
     left, write = 20_000, os.write
 
     def limited(descriptor: int, data: bytes) -> int:
@@ -164,7 +189,7 @@ def fill_up(upcycle, arguments) -> None:
         return write(descriptor, data)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(files.os, "write", limited)
+        patched.setattr(file_operations.os, "write", limited)
         upcycle("convert", *arguments).refused("cannot write", found="No space left on device")
 
 

@@ -24,6 +24,7 @@ from upcycle import config as options
 from upcycle.arguments import CONF, MULTIRUN, is_sweep, literal_paths, quoted, readable
 from upcycle.completion import complete
 from upcycle.errors import ConfigError, UpcycleError, near_misses
+from upcycle.interruption import Interruption
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -173,7 +174,8 @@ def _sweep_into(scratch: str, arguments: Sequence[str]) -> list[str]:
 def _execute(command: Command, composed: DictConfig) -> int:
     typed = typed_options(command.options, composed)
     module, function = command.function.split(":")
-    return int(getattr(importlib.import_module(module), function)(typed))
+    with Interruption():
+        return int(getattr(importlib.import_module(module), function)(typed))
 
 
 def typed_options(kind: type, composed: DictConfig) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from upcycle.errors import ConfigError, near_misses
+from upcycle.interruption import Interruption
 
 if TYPE_CHECKING:
     from upcycle.config import ConvertConfig, InspectConfig, PlanConfig, VerifyConfig
@@ -47,14 +49,21 @@ def convert(config: ConvertConfig) -> int:
         Console().print(plan_table(conversion))
         bar = progress.add_task("writing", total=conversion.cost.bytes_to_write)
         progress.start()
-        return lambda count: progress.advance(bar, count)
+
+        def on_bytes(count: int) -> None:
+            interruption.check()
+            progress.advance(bar, count)
+
+        return on_bytes
 
     try:
-        output = run(config, on_plan=on_plan)
+        with Interruption() as interruption:
+            output = run(config, on_plan=on_plan)
     finally:
         if progress.live.is_started:
             progress.stop()
-    print(f"wrote {output}\nnext: upcycle verify source={config.source} moe={output}")
+    following = shlex.join(["upcycle", "verify", f"source={config.source}", f"moe={output}"])
+    print(f"wrote {output}\nnext: {following}")
     return 0
 
 

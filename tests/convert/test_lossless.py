@@ -10,6 +10,7 @@ from conversions import ROUTER_ORDERS, TOLERANCE, assert_lossless, gap, options
 LOSSLESS = {
     "virtual_group": {},
     "copy": {"init": "copy", "granularity": 1, "top_k": 1},
+    "two_copies": {"init": "copy", "granularity": 1, "top_k": 2},
     "drop_nothing": {"init": "drop", "ratio": 0.0},
     "noise_nothing": {"init": "noise", "std": 0.0},
     "not_a_power_of_two": {"expansion": 3, "granularity": 3, "top_k": 3},

@@ -1,0 +1,45 @@
+"""Ctrl-C, remembered. Knows the standard library only."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import FrameType, TracebackType
+    from typing import Self
+
+
+class Interruption:
+    """Makes a SIGINT end what runs inside with a KeyboardInterrupt, whatever becomes of the first one.
+
+    Python raises it wherever the program happens to be. Where that is inside C code, such as torch's conversion of
+    storages, it may come out as another error, or not at all. For the main thread only.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __enter__(self) -> Self:
+        """Listen for the signal, unless the process was told to ignore it (`nohup`)."""
+        self._before = signal.getsignal(signal.SIGINT)
+        if self._before is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Raise KeyboardInterrupt in place of an error that the signal became."""
+        signal.signal(signal.SIGINT, self._before)
+        if self.came and isinstance(error, Exception):
+            raise KeyboardInterrupt from error
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if the signal came."""
+        if self.came:
+            raise KeyboardInterrupt
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self.came = True
+        raise KeyboardInterrupt

@@ -345,3 +345,7 @@ def test_starting_does_not_import_torch(tmp_path):
         "import sys; from upcycle.cli import main; sys.argv[1:] = ['--help']; main(); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, timeout=60, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_resolve_without_cfg(upcycle):
+    upcycle("plan", "--resolve").refused("--resolve needs --cfg")

@@ -139,16 +139,16 @@ def test_ctrl_c(upcycle, tiny_llama, tmp_path, whole, share):
 @pytest.mark.parametrize("becomes", ["an error", "nothing"])
 def test_ctrl_c_inside_c_code(upcycle, tiny_llama, tmp_path, monkeypatch, becomes):
     """torch turns a KeyboardInterrupt that meets its C code into a ValueError; other code may swallow it."""
-    values = Materialiser.values
+    blocks = Materialiser.blocks
 
-    def interrupted(self, part, dtype):
+    def interrupted(self, target, dtype):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         if becomes == "an error":
             raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
-        return values(self, part, dtype)
+        return blocks(self, target, dtype)
 
-    monkeypatch.setattr(Materialiser, "values", interrupted)
+    monkeypatch.setattr(Materialiser, "blocks", interrupted)
     outcome = upcycle("convert", f"source={tiny_llama}", f"output={tmp_path / 'output'}", *SMALL)
     assert outcome.status == 130
     assert outcome.err.endswith("upcycle: interrupted\n")
@@ -281,10 +281,10 @@ TENSORS_AT_ONCE = 3
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A bfloat16 Llama of about 190 MB whose largest tensor has 67 MB, and FFN matrices of 34 MB each."""
+    """A bfloat16 Llama of about 120 MB whose largest tensors are the FFN's matrices, 34 MB each."""
     directory = tmp_path_factory.mktemp("large") / "llama"
     directory.mkdir()
-    hidden, width, vocab, layers = 1024, 16384, 32768, 1
+    hidden, width, vocab, layers = 1024, 16384, 4096, 1
     fields = {"vocab_size": vocab, "hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers}
     fields |= {"num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": True, "dtype": "bfloat16"}
     (directory / "config.json").write_text(json.dumps({"model_type": "llama", **fields}))
@@ -315,11 +315,18 @@ def peak_anonymous_bytes(process: subprocess.Popen[bytes]) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     "options",
-    [("target=qwen2_moe",), ("target=upcycled_moe",), ("target=upcycled_moe", "moe.granularity=1", "dtype=float32")],
+    [
+        ("target=qwen2_moe",),
+        ("target=upcycled_moe", "moe.shared_experts=2"),
+        ("target=upcycled_moe", "moe.granularity=1", "dtype=float32"),
+        ("init=noise", "moe.granularity=1"),
+        ("init=drop", "moe.granularity=1"),
+        ("init=random", "moe.granularity=1"),
+    ],
     ids=" ".join,
 )
 def test_memory(large, tmp_path, options):
-    largest = 32768 * 1024 * (4 if "dtype=float32" in options else 2)
+    largest = 16384 * 1024 * 2
     output = tmp_path / "output"
     line = command("convert", f"source={large}", f"output={output}", *SMALL, *options)
     with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as running:

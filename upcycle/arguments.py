@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
-from upcycle.errors import ConfigError, UpcycleError, near_misses
+from upcycle.errors import ConfigError, UpcycleError, did_you_mean, near_misses
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -61,7 +61,7 @@ def readable(error: Exception, command: str) -> str:
         known = list(error.options)
         return str(
             ConfigError(
-                f"unknown value for {group}", found=name, expected=", ".join(known), remedy=near_misses(name, known)
+                f"unknown value for {group}", found=name, expected=", ".join(known), remedy=did_you_mean(name, known)
             )
         )
     if isinstance(error, OverrideParseException):

@@ -65,4 +65,4 @@ def _router(source: DenseSource, moe: MoeShape, init: InitConfig, layer: int, se
     scaling = unscaled(gated=source.model.family.ffn.gate is not None)
     parts = FfnParts(model=source.model, moe=moe, init=init, layer=layer, scaling=scaling, shared_gate=1.0)
     row = parts.router()
-    return normal(row.rows, row.cols, std=row.std, repeat=row.repeat, values=generator(seed, row.key))
+    return torch.cat(list(normal(row.rows, row.cols, std=row.std, repeat=row.repeat, values=generator(seed, row.key))))

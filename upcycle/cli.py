@@ -23,7 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from upcycle import config as options
 from upcycle.arguments import CONF, MULTIRUN, is_sweep, literal_paths, quoted, readable
 from upcycle.completion import complete
-from upcycle.errors import ConfigError, UpcycleError, near_misses
+from upcycle.errors import ConfigError, UpcycleError, did_you_mean
 from upcycle.interruption import Interruption
 
 if TYPE_CHECKING:
@@ -105,6 +105,8 @@ def main() -> None:
                 complete(COMMANDS)
                 return
             name = _command_name(arguments[0])
+            if "--resolve" in arguments and not any(flag.startswith(("--cfg", "-c")) for flag in arguments):
+                raise ConfigError("--resolve needs --cfg", found="--resolve", expected="--cfg job --resolve")
             status = _run(name, arguments[1:], show_trace=show_trace)
             sys.stdout.flush()
             sys.exit(status)
@@ -212,7 +214,7 @@ def _missing(name: str) -> ConfigError:
 def _command_name(given: str) -> str:
     if given not in COMMANDS:
         raise ConfigError(
-            "unknown command", found=given, expected=", ".join(COMMANDS), remedy=near_misses(given, COMMANDS)
+            "unknown command", found=given, expected=", ".join(COMMANDS), remedy=did_you_mean(given, COMMANDS)
         )
     return given
 

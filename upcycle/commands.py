@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from upcycle.errors import ConfigError, near_misses
+from upcycle.errors import ConfigError, did_you_mean
 from upcycle.interruption import Interruption
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def inspect(config: InspectConfig) -> int:
 
 def _check_format(name: str) -> None:
     if name not in FORMATS:
-        raise ConfigError("unknown format", found=name, expected=", ".join(FORMATS), remedy=near_misses(name, FORMATS))
+        raise ConfigError("unknown format", found=name, expected=", ".join(FORMATS), remedy=did_you_mean(name, FORMATS))
 
 
 def _print(form: str, data: object, table: object) -> None:

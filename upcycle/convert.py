@@ -69,7 +69,7 @@ def convert(config: ConvertConfig, *, on_plan: Callable[[Conversion], OnBytes]) 
         materialiser = Materialiser(source.read, config.seed)
 
         def chunks(spec: TensorSpec) -> Iterator[torch.Tensor]:
-            return materialiser.parts(tensors[spec.name], torch_dtype(spec.dtype))
+            return materialiser.blocks(tensors[spec.name], torch_dtype(spec.dtype))
 
         on_bytes = on_plan(conversion)
         hashes = hash_files(source.files)

@@ -49,8 +49,13 @@ class OutputError(UpcycleError):
     """The output directory cannot be written."""
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """Return 'did you mean …?' for a `name` close to some of `known`, else None."""
+    close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else None
+
+
 def near_misses(name: str, known: Iterable[str]) -> str:
-    """Return 'did you mean …' for `name` among `known`, or the list of all that is known."""
+    """Return 'did you mean …?' for `name` among `known`, or the list of all that is known."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+    return did_you_mean(name, known) or f"known: {', '.join(known)}"

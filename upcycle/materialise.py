@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from upcycle.errors import SourceError
-from upcycle.init.experts import add_noise, drop_neurons, normal
+from upcycle.init.experts import add_noise, drop_neurons, normal, row_blocks
 from upcycle.init.rng import generator
 from upcycle.plan.parts import AddNoise, Beside, DropNeurons, Normal, Part, Take, Whole, Zeros
 
@@ -33,29 +33,28 @@ class Materialiser:
         self._read = read
         self._seed = seed
         self._open: OrderedDict[str, Tensor] = OrderedDict()
-        self._made: dict[tuple[Take, torch.dtype], Tensor] = {}
 
-    def parts(self, target: TargetTensor, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yield the tensor's parts in order, contiguous, in `dtype`.
+    def blocks(self, target: TargetTensor, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield the tensor's values in order, contiguous, in `dtype`, a few rows at a time.
 
         Raises:
             SourceError: NaN or infinity in an FFN weight, or a value that `dtype` cannot hold.
         """
         for part in target.parts:
-            values = self.values(part, dtype)
-            if dtype == torch.float16:
-                _check_finite(values, f"{target.name} in float16", "set dtype=bfloat16 or dtype=float32")
-            yield values.contiguous()
+            for block in self._blocks(part, dtype):
+                if dtype == torch.float16:
+                    _check_finite(block, f"{target.name} in float16", "set dtype=bfloat16 or dtype=float32")
+                yield block.contiguous()
 
-    def values(self, part: Part, dtype: torch.dtype) -> Tensor:
-        """The values of one part in `dtype`."""
+    def _blocks(self, part: Part, dtype: torch.dtype) -> Iterator[Tensor]:
         match part:
             case Whole():
-                return self._read(part.source).to(dtype)
+                yield from (block.to(dtype) for block in row_blocks(self._read(part.source)))
             case Take():
-                return self._shard(part, dtype)
+                yield from (_scaled(block, part.factor, dtype) for block in row_blocks(self._rectangle(part)))
             case Beside():
-                return torch.cat([self.values(each, dtype) for each in part.parts], dim=1)
+                rows = zip(*(self._blocks(each, dtype) for each in part.parts), strict=True)
+                yield from (torch.cat(blocks, dim=1) for blocks in rows)
             case DropNeurons():
                 made = drop_neurons(
                     self._rectangle(part.base),
@@ -64,24 +63,17 @@ class Materialiser:
                     neurons=generator(self._seed, part.neurons_key),
                     values=generator(self._seed, part.values_key),
                 )
-                return self._scaled(made, part.base.factor, dtype)
+                yield from (_scaled(block, part.base.factor, dtype) for block in made)
             case AddNoise():
                 values = generator(self._seed, part.key)
                 made = add_noise(self._rectangle(part.base), std=part.std, fraction=part.fraction, values=values)
-                return self._scaled(made, part.base.factor, dtype)
+                yield from (_scaled(block, part.base.factor, dtype) for block in made)
             case Normal():
                 values = generator(self._seed, part.key)
                 made = normal(part.rows, part.cols, std=part.std, repeat=part.repeat, values=values)
-                return self._scaled(made, part.factor, dtype)
+                yield from (_scaled(block, part.factor, dtype) for block in made)
             case Zeros():
-                return torch.zeros(part.numel, dtype=dtype)
-
-    def _shard(self, take: Take, dtype: torch.dtype) -> Tensor:
-        """A shard, kept while its source is open, because the other E-1 copies follow soon."""
-        key = (take, dtype)
-        if key not in self._made:
-            self._made[key] = self._scaled(self._rectangle(take), take.factor, dtype).contiguous()
-        return self._made[key]
+                yield torch.zeros(part.numel, dtype=dtype)
 
     def _rectangle(self, take: Take) -> Tensor:
         source = self._source(take.source)
@@ -95,15 +87,14 @@ class Materialiser:
             _check_finite(tensor, name, "repair the checkpoint: a NaN here would spread to every expert")
             self._open[name] = tensor
             while len(self._open) > SOURCES_AT_ONCE:
-                closed, _ = self._open.popitem(last=False)
-                self._made = {key: made for key, made in self._made.items() if key[0].source != closed}
+                self._open.popitem(last=False)
         return self._open[name]
 
-    @staticmethod
-    def _scaled(values: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-        if factor == 1.0:
-            return values.to(dtype)
-        return (values.to(torch.promote_types(values.dtype, dtype)) * factor).to(dtype)
+
+def _scaled(values: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    if factor == 1.0:
+        return values.to(dtype)
+    return (values.to(torch.promote_types(values.dtype, dtype)) * factor).to(dtype)
 
 
 def _check_finite(values: Tensor, name: str, remedy: str) -> None:

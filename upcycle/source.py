@@ -13,7 +13,7 @@ from upcycle.arch.families import FAMILIES
 from upcycle.arch.family import DenseModel, Shape, describe
 from upcycle.arch.targets import TARGETS
 from upcycle.checkpoint import TensorReader, code_from_name, gguf_config, open_reader, read_index_names
-from upcycle.errors import ConfigError, SourceError, near_misses
+from upcycle.errors import ConfigError, SourceError, did_you_mean, near_misses
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -92,7 +92,9 @@ class DenseSource:
         """
         if dtype != "auto" and dtype not in DTYPES:
             known = ("auto", *DTYPES)
-            raise ConfigError("unknown dtype", found=dtype, expected=", ".join(known), remedy=near_misses(dtype, known))
+            raise ConfigError(
+                "unknown dtype", found=dtype, expected=", ".join(known), remedy=did_you_mean(dtype, known)
+            )
         found = {name: self._stored_dtype(name) for name in self.model.tensors()}
         integers = {name: code for name, code in found.items() if code not in FLOATING}
         if integers:
@@ -281,5 +283,5 @@ def _check_raw(raw: Mapping[str, Any]) -> None:
             "unknown dense architecture",
             found=f"model_type={model_type}",
             expected=", ".join(sorted(FAMILIES)),
-            remedy=near_misses(str(model_type), FAMILIES),
+            remedy=did_you_mean(str(model_type), FAMILIES),
         )

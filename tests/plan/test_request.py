@@ -137,3 +137,8 @@ def test_sizes(text, size):
 def test_bad_sizes_are_refused(text):
     with pytest.raises(ConfigError, match="max_shard_size is not a size"):
         parse_size("max_shard_size", text)
+
+
+def test_more_experts_than_any_router_is_meant_for():
+    with pytest.raises(ConfigError, match="at most 65,536"):
+        shape(expansion=10**9, granularity=1, top_k=1)

@@ -149,9 +149,7 @@ class UpcycledMoeForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         # A dense model refuses a named experts implementation; ours is read from `config`.
         config.text_config._experts_implementation = None
-        self.language_model = AutoModelForCausalLM.from_config(
-            config.text_config, dtype=torch.get_default_dtype()
-        )
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
         for layer in config.moe_layers:
             path = config.ffn_path.format(layer=layer)
             self.language_model.set_submodule(path, UpcycledMoeSparseMoeBlock(config), strict=True)

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from upcycle.arch.moe import MoeShape, RouterOrder
-from upcycle.errors import ConfigError, near_misses
+from upcycle.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 ROUTER_ORDERS: tuple[RouterOrder, ...] = ("softmax_topk", "topk_softmax")
 SCALING_RULES = ("exact", "paper", "calibrated", "none")
 INITS = ("virtual_group", "copy", "drop", "noise", "random")
+MOST_EXPERTS = 2**16
 GROUPED_INITS = ("virtual_group", "drop", "noise")
 
 
@@ -45,13 +46,7 @@ def moe_shape(config: MoeConfig, init: InitConfig, *, ffn_width: int, layers: in
             remedy=f"set moe.granularity to {_nearest(config.granularity, divisors)}",
         )
     experts = expansion * config.granularity
-    if config.top_k > experts:
-        raise ConfigError(
-            "moe.top_k asks for more experts than there are",
-            found=f"top_k {config.top_k} of {experts} experts (E {expansion} * G {config.granularity})",
-            expected=f"at most {experts}",
-            remedy=f"set moe.top_k to {experts} or less, or raise moe.expansion",
-        )
+    _check_experts(config.top_k, expansion, config.granularity)
     if init.name in GROUPED_INITS and config.top_k % config.granularity:
         multiples = range(config.granularity, experts + 1, config.granularity)
         raise ConfigError(
@@ -114,6 +109,24 @@ def moe_layers(request: object, layers: int) -> tuple[int, ...]:
     return tuple(chosen)
 
 
+def _check_experts(top_k: int, expansion: int, granularity: int) -> None:
+    experts = expansion * granularity
+    if experts > MOST_EXPERTS:
+        raise ConfigError(
+            "more experts than any router is meant for",
+            found=f"{experts:,} (E {expansion} * G {granularity})",
+            expected=f"at most {MOST_EXPERTS:,}",
+            remedy="lower moe.expansion or moe.granularity",
+        )
+    if top_k > experts:
+        raise ConfigError(
+            "moe.top_k asks for more experts than there are",
+            found=f"top_k {top_k} of {experts} experts (E {expansion} * G {granularity})",
+            expected=f"at most {experts}",
+            remedy=f"set moe.top_k to {experts} or less, or raise moe.expansion",
+        )
+
+
 def _expansion(config: MoeConfig) -> int:
     if not math.isfinite(config.expansion):
         raise ConfigError("moe.expansion is out of range", found=config.expansion, expected="1 or more, finite")
@@ -138,7 +151,9 @@ def _at_least(name: str, value: int, least: int) -> None:
 def _choice(name: str, value: str, known: Sequence[str], also: str = "") -> None:
     if value not in known:
         expected = f"{', '.join(known)} {also}".rstrip()
-        raise ConfigError(f"unknown value for {name}", found=value, expected=expected, remedy=near_misses(value, known))
+        raise ConfigError(
+            f"unknown value for {name}", found=value, expected=expected, remedy=did_you_mean(value, known)
+        )
 
 
 def _nearest(value: int, valid: Sequence[int]) -> str:

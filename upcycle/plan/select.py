@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from upcycle.arch.targets import TARGETS
-from upcycle.errors import ConfigError, TargetError, near_misses
+from upcycle.errors import ConfigError, TargetError, did_you_mean
 
 if TYPE_CHECKING:
     from upcycle.arch.family import DenseModel
@@ -29,7 +29,7 @@ def select_target(name: str, model: DenseModel, moe: MoeShape) -> tuple[Target, 
         return TARGETS[chosen], (f"{chosen} expresses the model and the routing exactly", *reasons)
     if name not in TARGETS:
         known = ("auto", *TARGETS)
-        raise ConfigError("unknown target", found=name, expected=", ".join(known), remedy=near_misses(name, known))
+        raise ConfigError("unknown target", found=name, expected=", ".join(known), remedy=did_you_mean(name, known))
     if objections[name]:
         raise TargetError(
             f"target={name} cannot express this model and routing exactly",

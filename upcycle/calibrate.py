@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from upcycle.init.experts import normal
 from upcycle.init.rng import generator
 from upcycle.load import ffn_modules, load_dense
-from upcycle.plan.experts import FfnParts
-from upcycle.plan.scaling import unscaled
+from upcycle.plan.experts import router_rows
 from upcycle.text import sample_tokens
 
 if TYPE_CHECKING:
@@ -62,7 +61,5 @@ def measured_masses(
 
 
 def _router(source: DenseSource, moe: MoeShape, init: InitConfig, layer: int, seed: int) -> Tensor:
-    scaling = unscaled(gated=source.model.family.ffn.gate is not None)
-    parts = FfnParts(model=source.model, moe=moe, init=init, layer=layer, scaling=scaling, shared_gate=1.0)
-    row = parts.router()
+    row = router_rows(source.model, moe, init, layer)
     return torch.cat(list(normal(row.rows, row.cols, std=row.std, repeat=row.repeat, values=generator(seed, row.key))))

@@ -38,7 +38,7 @@ class InitConfig:
     Attributes:
         name: virtual_group, copy, drop, noise or random.
         scaling: exact, paper, calibrated, none, or the factor itself.
-        router_std: standard deviation of the router's rows.
+        router_std: standard deviation of the router's rows; null takes 0.012/sqrt(hidden size).
         ratio: drop: share of an expert's neurons that is re-initialised.
         neurons: drop: coherent (one set for gate, up and down) or independent (one set each).
         std: noise: standard deviation of the noise, in units of the matrix's own. random: of the weights.
@@ -49,7 +49,7 @@ class InitConfig:
 
     name: str
     scaling: Any
-    router_std: float
+    router_std: float | None
     ratio: float = 0.0
     neurons: str = "coherent"
     std: float = 0.0

@@ -52,7 +52,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         found["similarity"] = similarity(reader, moe)
     manifest = read_manifest(directory)
     if manifest:
-        kept = ("source", "config", "seed", "plan_sha256", "versions", "losses")
+        kept = ("source", "config", "init", "seed", "plan_sha256", "versions", "losses")
         found["provenance"] = {name: manifest[name] for name in kept}
     return found
 
@@ -152,7 +152,7 @@ def inspection_table(found: Mapping[str, Any]) -> RenderableType:
 def _provenance(provenance: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     if provenance is None:
         return [("provenance", "no upcycle_manifest.json")]
-    init, versions = provenance["config"]["init"], provenance["versions"]
+    init, versions = provenance["init"], provenance["versions"]
     return [
         ("made from", provenance["source"]["given"]),
         ("by", f"upcycle {versions['upcycle']}, seed {provenance['seed']}"),

@@ -46,7 +46,7 @@ def _summary(conversion: Conversion) -> Table:
     rows = [
         ("target", plan.target),
         ("experts", f"{moe.experts} of width {width}, {moe.top_k} active, {moe.shared_experts} shared; {layers}"),
-        ("router", f"{moe.router_order}, std {plan.init.router_std:g}"),
+        ("router", f"{moe.router_order}, std {plan.router_std:g}"),
         ("init", f"{plan.init.name}, scaling {plan.init.scaling}"),
         ("step 0", "lossless" if not plan.losses else "not lossless"),
         ("parameters", f"{cost.parameters:,} ({cost.active_parameters:,} active); dense {cost.dense_parameters:,}"),

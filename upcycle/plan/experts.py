@@ -17,6 +17,27 @@ if TYPE_CHECKING:
     from upcycle.plan.scaling import LayerScaling
 
 
+# Standard deviation of the router's logits where the norm before it gives unit RMS: SmolLM2-135M's loss rises by 0.03 %
+# (0.48, a usual initialization, raises it by 6 %: benchmarks/results/equivalence.json).
+DEFAULT_SPREAD = 0.012
+
+
+def router_deviation(init: InitConfig, hidden_size: int) -> float:
+    """Standard deviation of the router's rows: what was asked for, or one that keeps groups about equally likely."""
+    return DEFAULT_SPREAD / hidden_size**0.5 if init.router_std is None else init.router_std
+
+
+def router_rows(model: DenseModel, moe: MoeShape, init: InitConfig, layer: int) -> Normal:
+    """The router [N, H]: one drawn row per virtual group, or one per expert where there are none."""
+    return Normal(
+        rows=moe.experts,
+        cols=model.hidden_size,
+        std=router_deviation(init, model.hidden_size),
+        key=f"layer.{layer}.router",
+        repeat=moe.granularity if init.name in GROUPED_INITS else 1,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class FfnParts:
     """The parts of one MoE layer.
@@ -39,17 +60,6 @@ class FfnParts:
     def width(self) -> int:
         """Neurons of one expert."""
         return self.model.ffn_width // self.moe.granularity
-
-    def router(self) -> Normal:
-        """Rows of the router [N, H]: one drawn row per virtual group, or one per expert where there are none."""
-        grouped = self.init.name in GROUPED_INITS
-        return Normal(
-            rows=self.moe.experts,
-            cols=self.model.hidden_size,
-            std=self.init.router_std,
-            key=f"layer.{self.layer}.router",
-            repeat=self.moe.granularity if grouped else 1,
-        )
 
     def expert(self, expert: int, role: Role) -> Part:
         """A matrix of a routed expert, [width, H] for gate and up, [H, width] for down."""

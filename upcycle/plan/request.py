@@ -78,7 +78,7 @@ def check_init(init: InitConfig) -> None:
     elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or not 0 < scaling < math.inf:
         raise ConfigError("init.scaling is out of range", found=scaling, expected="a positive number or a rule's name")
     for name in ("router_std", "std"):
-        if not 0 <= getattr(init, name) < math.inf:
+        if not 0 <= (getattr(init, name) or 0.0) < math.inf:
             raise ConfigError(f"init.{name} is out of range", found=getattr(init, name), expected="0 or more, finite")
     _choice("init.neurons", init.neurons, ("coherent", "independent"))
     for name in ("ratio", "fraction"):

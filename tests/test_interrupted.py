@@ -33,7 +33,8 @@ pytest_plugins = ["tiny"]
 SHARD = "max_shard_size=2KB"
 # A conversion in a process whose every write of data waits a little, so that a signal meets it in the middle.
 SLOWLY = """
-import os, time
+import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that put the tests into the background ignores it
 from upcycle.checkpoint import writer
 whole = writer.write_all
 def write_all(descriptor, data, path):
@@ -136,8 +137,16 @@ def test_ctrl_c(upcycle, tiny_llama, tmp_path, whole, share):
     assert contents(output) == contents(whole)
 
 
+@pytest.fixture
+def listening() -> Iterator[None]:
+    """This process takes SIGINT, although the shell that put the tests into the background had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("becomes", ["an error", "nothing"])
-def test_ctrl_c_inside_c_code(upcycle, tiny_llama, tmp_path, monkeypatch, becomes):
+def test_ctrl_c_inside_c_code(upcycle, tiny_llama, tmp_path, monkeypatch, listening, becomes):
     """torch turns a KeyboardInterrupt that meets its C code into a ValueError; other code may swallow it."""
     blocks = Materialiser.blocks
 

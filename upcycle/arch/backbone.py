@@ -32,6 +32,11 @@ class Backbone:
     extras: tuple[str, ...] = ()
 
 
+def optional_bias(config: Any) -> AttentionBias:
+    """Biases on all four projections where the config's `attention_bias` is set, else none."""
+    return "qkvo" if config.attention_bias else "none"
+
+
 def layer_windows(config: Any) -> tuple[int, ...]:
     """Sliding window of each layer in tokens (0 = full attention) of a transformers configuration."""
     window = getattr(config, "sliding_window", None) or 0

@@ -10,7 +10,7 @@ RouterOrder = Literal["softmax_topk", "topk_softmax"]
 
 @dataclass(frozen=True, kw_only=True)
 class MoeShape:
-    """Fine-grained MoE, arXiv 2410.07524 section 3: `E8G8T8` is 64 experts of 1/8 width, 8 active.
+    """Fine-grained MoE, arXiv 2410.07524: `E8G8T8` is 64 experts of 1/8 width, 8 active.
 
     Attributes:
         expansion: E, copies of the dense FFN.

@@ -174,6 +174,15 @@ def native_fields(model: DenseModel) -> dict[str, Any]:
     return {**fields, "hidden_act": model.activation, "head_dim": model.sizes["D"]}
 
 
+def router_fields(moe: MoeShape) -> dict[str, Any]:
+    """The router's fields of the types in whose config the order of softmax and top-k is a flag."""
+    return {
+        "num_experts": moe.experts,
+        "num_experts_per_tok": moe.top_k,
+        "norm_topk_prob": moe.router_order == "topk_softmax",
+    }
+
+
 def dense_layer_indices(model: DenseModel, moe: MoeShape) -> list[int]:
     """Layers that keep their FFN."""
     return sorted(set(range(model.layers)) - set(moe.layers))

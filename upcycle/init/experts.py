@@ -27,7 +27,7 @@ def row_blocks(w_OI: Tensor) -> tuple[Tensor, ...]:
 def drop_neurons(
     w_OI: Tensor, *, neuron_axis: int, ratio: float, neurons: torch.Generator, values: torch.Generator
 ) -> Iterator[Tensor]:
-    """Draw a share of the neurons anew (Drop-Upcycling, arXiv 2502.19261, section 3.2).
+    """Draw a share of the neurons anew (Drop-Upcycling, arXiv 2502.19261).
 
     Args:
         w_OI: matrix of one expert.
@@ -61,7 +61,7 @@ def add_noise(w_OI: Tensor, *, std: float, fraction: float, values: torch.Genera
 def normal(rows: int, cols: int, *, std: float, repeat: int, values: torch.Generator) -> Iterator[Tensor]:
     """N(0, std^2), [rows, cols]; every drawn row stands `repeat` times in a row.
 
-    With `repeat` = G this is virtual group initialization of a router (arXiv 2410.07524, section 4.1).
+    With `repeat` = G this is virtual group initialization of a router (arXiv 2410.07524).
     """
     at_once = max(1, ELEMENTS_AT_ONCE // (cols * repeat))
     for start in range(0, rows // repeat, at_once):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 # Standard deviation of the router's logits where the norm before it gives unit RMS: SmolLM2-135M's loss rises by 0.03 %
-# (0.48, a usual initialization, raises it by 6 %: benchmarks/results/equivalence.json).
+# (0.48, a usual initialization, raises it by 6 %: analysis/results/step0.json).
 DEFAULT_SPREAD = 0.012
 
 

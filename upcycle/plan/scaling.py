@@ -1,4 +1,4 @@
-"""Weight scaling: what undoes the router's weights, and which matrix carries it (arXiv 2410.07524 section 4.2).
+"""Weight scaling: what undoes the router's weights, and which matrix carries it (arXiv 2410.07524).
 
 The routed output of a virtual group initialised MoE is mass/G of the dense FFN's, where mass is the router weight of
 all selected experts together: T/(E*G) for softmax-then-topK at a small router std, 1 for topK-then-softmax. So the
@@ -60,7 +60,7 @@ def exact(output: float, *, granularity: int, degree: int, gated: bool) -> Layer
 
 
 def paper(output: float, *, granularity: int, degree: int, gated: bool) -> LayerScaling:
-    """The paper's rule: every matrix times a^(1/3), which is exact for squared ReLU alone (arXiv 2410.07524, eq. 3).
+    """The paper's rule: every matrix times a^(1/3), which is exact for squared ReLU alone (arXiv 2410.07524).
 
     The gate's bias and the bias of a non-homogeneous activation stay.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from upcycle.arch.backbone import Backbone
+from upcycle.arch.backbone import Backbone, optional_bias
 from upcycle.arch.families.common import EMBEDDING_AND_NORM, PRE_NORM, QKVO, QKVO_BIAS
 from upcycle.arch.family import Family
 
@@ -12,7 +12,7 @@ from upcycle.arch.family import Family
 def backbone(config: Any) -> Backbone:
     return Backbone(
         norm="rmsnorm_plus_one",
-        attention_bias="qkvo" if config.attention_bias else "none",
+        attention_bias=optional_bias(config),
         windows=(0,) * config.num_hidden_layers,
         extras=("embeddings scaled by sqrt(hidden_size)",),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from upcycle.arch.backbone import Backbone, layer_windows
+from upcycle.arch.backbone import Backbone, layer_windows, optional_bias
 from upcycle.arch.families.common import EMBEDDING_AND_NORM, HEAD_QK_NORM, QKVO, QKVO_BIAS, SANDWICH_NORM
 from upcycle.arch.family import Family
 
@@ -14,7 +14,7 @@ def backbone(config: Any) -> Backbone:
         norm="rmsnorm_plus_one",
         norm_placement="sandwich",
         qk_norm="head",
-        attention_bias="qkvo" if config.attention_bias else "none",
+        attention_bias=optional_bias(config),
         windows=layer_windows(config),
         extras=("embeddings scaled by sqrt(hidden_size)", "query_pre_attn_scalar", "rotary base by layer type"),
     )

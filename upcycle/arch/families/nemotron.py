@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from upcycle.arch.backbone import Backbone, rope_extras
+from upcycle.arch.backbone import Backbone, optional_bias, rope_extras
 from upcycle.arch.families.common import EMBEDDING_AND_NORM, PRE_NORM, QKVO, QKVO_BIAS
 from upcycle.arch.family import Family, Ffn
 
@@ -12,7 +12,7 @@ from upcycle.arch.family import Family, Ffn
 def backbone(config: Any) -> Backbone:
     return Backbone(
         norm="layernorm_plus_one",
-        attention_bias="qkvo" if config.attention_bias else "none",
+        attention_bias=optional_bias(config),
         windows=(0,) * config.num_hidden_layers,
         extras=rope_extras(config),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from upcycle.arch.backbone import Backbone, rope_extras
+from upcycle.arch.backbone import Backbone, optional_bias, rope_extras
 from upcycle.arch.families.common import EMBEDDING_AND_NORM, FULL_QK_NORM, POST_NORM, QKVO, QKVO_BIAS
 from upcycle.arch.family import Family
 
@@ -13,7 +13,7 @@ def backbone(config: Any) -> Backbone:
     return Backbone(
         norm_placement="post",
         qk_norm="full",
-        attention_bias="qkvo" if config.attention_bias else "none",
+        attention_bias=optional_bias(config),
         windows=(0,) * config.num_hidden_layers,
         extras=rope_extras(config),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from upcycle.arch.backbone import Backbone, layer_windows, rope_extras
+from upcycle.arch.backbone import Backbone, layer_windows, optional_bias, rope_extras
 from upcycle.arch.families.common import EMBEDDING_AND_NORM, HEAD_QK_NORM, PRE_NORM, QKVO, QKVO_BIAS
 from upcycle.arch.family import Family
 
@@ -12,7 +12,7 @@ from upcycle.arch.family import Family
 def backbone(config: Any) -> Backbone:
     return Backbone(
         qk_norm="head",
-        attention_bias="qkvo" if config.attention_bias else "none",
+        attention_bias=optional_bias(config),
         windows=layer_windows(config),
         extras=rope_extras(config),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from upcycle.arch.target import PER_EXPERT, Layout, Target, native_fields
+from upcycle.arch.target import PER_EXPERT, Layout, Target, native_fields, router_fields
 
 if TYPE_CHECKING:
     from upcycle.arch.family import DenseModel
@@ -16,9 +16,7 @@ def fields(model: DenseModel, moe: MoeShape) -> dict[str, Any]:
         **native_fields(model),
         "attention_bias": model.backbone.attention_bias == "qkvo",
         "intermediate_size": model.ffn_width // moe.granularity,
-        "num_experts": moe.experts,
-        "num_experts_per_tok": moe.top_k,
-        "norm_topk_prob": moe.router_order == "topk_softmax",
+        **router_fields(moe),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from upcycle.arch.target import PER_EXPERT, Layout, Target, dense_layer_indices, native_fields
+from upcycle.arch.target import PER_EXPERT, Layout, Target, dense_layer_indices, native_fields, router_fields
 
 if TYPE_CHECKING:
     from upcycle.arch.family import DenseModel
@@ -20,9 +20,7 @@ def fields(model: DenseModel, moe: MoeShape) -> dict[str, Any]:
         "intermediate_size": model.ffn_width,
         "moe_intermediate_size": width,
         "shared_expert_intermediate_size": moe.shared_experts * width,
-        "num_experts": moe.experts,
-        "num_experts_per_tok": moe.top_k,
-        "norm_topk_prob": moe.router_order == "topk_softmax",
+        **router_fields(moe),
         "mlp_only_layers": dense_layer_indices(model, moe),
         "use_sliding_window": any(windows),
         "sliding_window": max(windows) or None,

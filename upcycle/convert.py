@@ -62,7 +62,7 @@ def convert(config: ConvertConfig, *, on_plan: Callable[[Conversion], OnBytes]) 
     staging = Staging.open(
         output, fingerprint=_fingerprint(conversion, config), overwrite=config.overwrite, resume=config.resume
     )
-    with staging, _keeping_what_can_be_resumed(staging, conversion):
+    with staging, _keeping_what_can_be_resumed(staging, conversion), _one_thread():
         missing = [shard for shard in conversion.shards if not staging.has(shard)]
         _check_disk(sum(shard.nbytes for shard in missing), conversion.free, output)
         source, tensors = conversion.source, conversion.target_tensors()
@@ -87,6 +87,17 @@ def convert(config: ConvertConfig, *, on_plan: Callable[[Conversion], OnBytes]) 
         _auxiliary(conversion, staging)
         staging.commit()
     return output
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Scaling keeps up with the disk on one thread; more of them spin, and take the core that the disk's writes need."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from upcycle.arch.targets import TARGETS
 from upcycle.card import model_card
 from upcycle.checkpoint import (
@@ -31,8 +33,6 @@ from upcycle.prepare import Conversion, prepare
 from upcycle.source import expanded
 
 if TYPE_CHECKING:
-    import torch
-
     from upcycle.config import ConvertConfig
 
 logger = logging.getLogger("upcycle")
@@ -91,7 +91,7 @@ def convert(config: ConvertConfig, *, on_plan: Callable[[Conversion], OnBytes]) 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Scaling keeps up with the disk on one thread; more of them spin, and take the core that the disk's writes need."""
+    """Scaling keeps up with the disk on one thread; more of them spin, and take the core that its writes need."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

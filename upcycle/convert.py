@@ -20,6 +20,8 @@ from upcycle.checkpoint import (
     Staging,
     TensorSpec,
     check_replaceable,
+    dtype_bytes,
+    dtype_name,
     hash_files,
     index_json,
     torch_dtype,
@@ -124,11 +126,11 @@ def output_config(conversion: Conversion) -> dict[str, Any]:
     auto_map = fields.pop("auto_map", None)
     written = AutoConfig.for_model(**fields).to_diff_dict()
     codes = {tensor.dtype for tensor in conversion.plan.tensors if tensor.kind in ("expert", "backbone")}
-    widest = torch_dtype(max(codes, key=lambda code: torch_dtype(code).itemsize))
+    widest = max(codes, key=dtype_bytes)
     return {
         **written,
         "architectures": [TARGETS[conversion.plan.target].architecture],
-        "dtype": str(widest).removeprefix("torch."),
+        "dtype": dtype_name(widest),
         **({"auto_map": auto_map} if auto_map else {}),
     }
 

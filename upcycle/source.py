@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+DTYPES = ("float32", "bfloat16", "float16")
 FLOATING = ("F64", "F32", "BF16", "F16")
 EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 AUXILIARY = (
@@ -105,7 +105,7 @@ class DenseSource:
                 expected=", ".join(FLOATING),
                 remedy="dequantise the model and save it in bfloat16 first",
             )
-        return found if dtype == "auto" else dict.fromkeys(found, DTYPES[dtype])
+        return found if dtype == "auto" else dict.fromkeys(found, code_from_name(dtype))
 
     def _stored_dtype(self, name: str) -> str:
         if self.reader is None:

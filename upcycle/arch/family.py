@@ -67,7 +67,6 @@ class Family:
         model_type: transformers' name.
         layer: prefix of a layer's tensors.
         ffn: the FFN's matrices.
-        embedding: name of the embedding, to which the head is tied if the config says so.
         outer: tensors outside the layers, without the head.
         per_layer: tensors of one layer, without the FFN's.
         optional: more tensors of one layer, by the config flag that turns them on.
@@ -81,7 +80,6 @@ class Family:
     model_type: str
     layer: str = "model.layers.{layer}."
     ffn: Ffn = field(default_factory=Ffn)
-    embedding: str = "model.embed_tokens.weight"
     outer: Mapping[str, str]
     per_layer: Mapping[str, str]
     optional: Mapping[str, Mapping[str, str]] = field(default_factory=dict)

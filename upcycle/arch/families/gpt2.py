@@ -21,7 +21,6 @@ FAMILY = Family(
     model_type="gpt2",
     layer="transformer.h.{layer}.",
     ffn=Ffn(gate=None, up="c_fc", down="c_proj", bias=True, transposed=True, dropout="resid_pdrop"),
-    embedding="transformer.wte.weight",
     outer={
         "transformer.wte.weight": "V H",
         "transformer.wpe.weight": "P H",

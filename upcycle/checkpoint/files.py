@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from upcycle.errors import OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 _REMEDIES: Final = {
@@ -24,6 +26,8 @@ _REMEDIES: Final = {
 }
 
 DRAFT_SUFFIX: Final = ".tmp"
+PENDING_WRITES: Final = 4
+SYNC_BYTES: Final = 256 * 1024**2
 
 
 @contextmanager
@@ -67,6 +71,39 @@ def write_all(descriptor: int, data: bytes | memoryview, path: Path) -> None:
     with output_errors(path):
         while rest:
             rest = rest[os.write(descriptor, rest) :]
+
+
+@contextmanager
+def writing_behind(descriptor: int, path: Path) -> Iterator[Callable[[memoryview], None]]:
+    """Yield a function that writes in order on another thread, so that the next bytes are made meanwhile.
+
+    At most `PENDING_WRITES` pieces wait; everything is written on the way out. The bytes are put on the disk as they
+    come, rather than all at the end while nothing else happens.
+
+    Raises:
+        OutputError: from the function or on the way out, the bytes cannot be written.
+    """
+    pending = deque[Future[None]]()
+    unsynced = 0
+
+    def work(piece: memoryview) -> None:
+        nonlocal unsynced
+        write_all(descriptor, piece, path)
+        unsynced += len(piece)
+        if unsynced >= SYNC_BYTES:
+            with output_errors(path):
+                os.fdatasync(descriptor)
+            unsynced = 0
+
+    def write(piece: memoryview) -> None:
+        if len(pending) == PENDING_WRITES:
+            pending.popleft().result()
+        pending.append(thread.submit(work, piece))
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="upcycle-write") as thread:
+        yield write
+        for each in pending:
+            each.result()
 
 
 def sync_directory(path: Path) -> None:

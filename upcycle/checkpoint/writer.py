@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from upcycle.checkpoint.dtypes import torch_dtype
-from upcycle.checkpoint.files import output_errors, replacing, sync_directory, write_all
+from upcycle.checkpoint.files import output_errors, replacing, sync_directory, write_all, writing_behind
 from upcycle.checkpoint.layout import Shard, TensorSpec, index_json, layout_shards
 from upcycle.checkpoint.lock import StagingLock
 from upcycle.errors import OutputError, SourceError
@@ -113,20 +113,20 @@ class Staging:
             shard: the file and its tensors.
             chunks: returns a tensor's pieces in row-major order, contiguous on the CPU and of the tensor's dtype;
                 called once per tensor, wider element types first.
-            on_bytes: called with the number of data bytes just written.
+            on_bytes: called with the number of data bytes just handed on to be written.
 
         Raises:
             OutputError: the file cannot be written.
             AssertionError: the pieces are not the tensor that the shard describes.
         """
         path = self._path(shard.file)
-        with replacing(path) as descriptor:
-            write_all(descriptor, shard.header(), path)
+        with replacing(path) as descriptor, writing_behind(descriptor, path) as write:
+            write(memoryview(shard.header()))
             for spec in shard.stored_order():
                 written = 0
                 for chunk in chunks(spec):
                     for piece in _pieces(spec, chunk):
-                        write_all(descriptor, piece, path)
+                        write(piece)
                         written += len(piece)
                         on_bytes(len(piece))
                 if written != spec.nbytes:

@@ -11,6 +11,7 @@ start-up included.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -127,10 +128,11 @@ def convert(source: Path, output: Path, target: str) -> tuple[float, int]:
 def watch(process: subprocess.Popen[bytes], peaks: list[int]) -> None:
     """Sample RssAnon until the process ends."""
     status = Path(f"/proc/{process.pid}/status")
-    while process.poll() is None:
-        lines = [line for line in status.read_text().splitlines() if line.startswith("RssAnon")]
-        peaks.extend(int(line.split()[1]) * 1024 for line in lines)
-        time.sleep(0.01)
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it may end, and be reaped, at any time
+        while process.poll() is None:
+            lines = [line for line in status.read_text().splitlines() if line.startswith("RssAnon")]
+            peaks.extend(int(line.split()[1]) * 1024 for line in lines)
+            time.sleep(0.01)
 
 
 def warm_up(file: Path, size: int) -> None:

@@ -179,7 +179,7 @@ def test_commands(upcycle):
         ("~/no/such/model", "source does not exist", "~/no/such/model"),
         ("no_such_model", "source does not exist", "no_such_model"),
         ("{tmp}/source/config.json", "source is a file that is not GGUF", "config.json"),
-        ("{tmp}/work", "the source has no config.json", "work"),
+        ("{tmp}/work", "no config.json there", "work"),
     ],
 )
 def test_no_source(convert, tmp_path, given, says, found):

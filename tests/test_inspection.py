@@ -102,8 +102,19 @@ def test_a_manifest_that_cannot_be_read(
 
 
 def test_no_checkpoint_there(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="no checkpoint there"):
+    with pytest.raises(SourceError, match="no config.json there"):
         look(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "not JSON"), ("[]", "not a JSON object"), ('{"model_type": "mixtral", "hidden_size": "wide"}', "not valid")],
+)
+def test_a_config_that_cannot_be_read(dense: Callable[[str], Path], tmp_path: Path, content: str, message: str) -> None:
+    directory = shutil.copytree(dense("llama_tied"), tmp_path / "damaged")
+    (directory / "config.json").write_text(content)
+    with pytest.raises(SourceError, match=message):
+        look(directory)
 
 
 def test_a_truncated_checkpoint(dense: Callable[[str], Path], tmp_path: Path) -> None:

@@ -137,8 +137,15 @@ def test_a_moe_of_another_model_is_refused(text_model: Path, tmp_path: Path, den
 
 
 def test_no_checkpoint_there(text_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="no checkpoint there"):
+    with pytest.raises(SourceError, match="no config.json there"):
         verify(options(text_model, tmp_path / "nothing"))
+
+
+def test_a_config_that_is_not_json(text_model: Path, text_moe: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(text_moe, tmp_path / "damaged")
+    (damaged / "config.json").write_text("{")
+    with pytest.raises(SourceError, match="not JSON"):
+        verify(options(text_model, damaged))
 
 
 def test_a_dense_checkpoint_is_not_a_moe(text_model: Path) -> None:

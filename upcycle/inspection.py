@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +15,8 @@ from torch import Tensor
 from upcycle.arch.target import matrices
 from upcycle.arch.targets import TARGETS
 from upcycle.checkpoint import TensorReader, open_reader
-from upcycle.errors import SourceError
 from upcycle.manifest import read_manifest
+from upcycle.model_config import read_config
 from upcycle.moe_config import MoeDescription, describe_moe
 
 if TYPE_CHECKING:
@@ -32,13 +31,10 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     """Describe a checkpoint as plain data.
 
     Raises:
-        SourceError: no checkpoint there, or a damaged one.
+        SourceError: no checkpoint there, or one that cannot be read.
     """
     directory = Path(config.path).expanduser()
-    file = directory / "config.json"
-    if not file.is_file():
-        raise SourceError("no checkpoint there", found=str(directory), expected="a directory with config.json")
-    raw = json.loads(file.read_text())
+    raw = read_config(directory)
     reader = open_reader(directory)
     found: dict[str, Any] = {
         "path": config.path,

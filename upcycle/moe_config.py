@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from upcycle.arch.families import FAMILIES
 from upcycle.arch.targets import TARGETS
 from upcycle.errors import SourceError
 from upcycle.manifest import read_manifest
+from upcycle.model_config import load_config, read_config
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,14 +68,9 @@ def describe_moe(directory: Path) -> MoeDescription:
     """Describe a MoE checkpoint.
 
     Raises:
-        SourceError: no checkpoint there, or not a MoE type that upcycle knows.
+        SourceError: no checkpoint there, one that cannot be read, or not a MoE type that upcycle knows.
     """
-    file = directory / "config.json"
-    if not file.is_file():
-        raise SourceError(
-            "no checkpoint there", found=str(directory), expected="a directory with config.json", remedy="check moe=DIR"
-        )
-    raw = json.loads(file.read_text())
+    raw = read_config(directory)
     target = TARGETS.get(raw.get("model_type"))
     if target is None:
         raise SourceError(
@@ -83,9 +78,7 @@ def describe_moe(directory: Path) -> MoeDescription:
             found=f"model_type={raw.get('model_type')}",
             expected=", ".join(TARGETS),
         )
-    from transformers import AutoConfig
-
-    return describe_config(target, AutoConfig.from_pretrained(directory), read_manifest(directory))
+    return describe_config(target, load_config(directory), read_manifest(directory))
 
 
 def describe_config(target: Target, config: Any, manifest: dict[str, Any] | None) -> MoeDescription:

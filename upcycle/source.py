@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from upcycle.arch.family import DenseModel, Shape, describe
 from upcycle.arch.targets import TARGETS
 from upcycle.checkpoint import TensorReader, code_from_name, gguf_config, open_reader, read_index_names
 from upcycle.errors import ConfigError, SourceError, did_you_mean, near_misses
+from upcycle.model_config import load_config, read_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -226,29 +226,8 @@ def _download(hub_id: str, *, need_weights: bool) -> Path:
 
 
 def _directory_config(path: Path) -> Any:
-    file = path / "config.json"
-    try:
-        raw = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise SourceError(
-            "the source has no config.json", found=str(path), remedy="give the model's directory"
-        ) from error
-    except ValueError as error:
-        raise SourceError("config.json is not JSON", found=f"{file}: {error}", remedy="download it again") from error
-    if not isinstance(raw, dict):
-        raise SourceError("config.json is not a JSON object", found=f"{file}: {raw!r:.40}", remedy="download it again")
-    _check_raw(raw)
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, OSError, StrictDataclassError) as error:
-        raise SourceError(
-            "config.json is not valid for its model_type",
-            found=f"{file}: {' '.join(str(error).split())}",
-            remedy="take config.json from the model's own files",
-        ) from error
+    _check_raw(read_config(path))
+    return load_config(path)
 
 
 def _gguf_config(path: Path) -> Any:

@@ -1,0 +1,54 @@
+"""Reads a checkpoint's config.json, with errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from upcycle.errors import SourceError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The content of config.json.
+
+    Raises:
+        SourceError: there is none, or it is not a JSON object.
+    """
+    file = directory / "config.json"
+    try:
+        raw = json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise SourceError(
+            "no config.json there",
+            found=str(directory),
+            expected="a checkpoint's directory",
+            remedy="give the model's directory",
+        ) from error
+    except ValueError as error:
+        raise SourceError("config.json is not JSON", found=f"{file}: {error}", remedy="download it again") from error
+    if not isinstance(raw, dict):
+        raise SourceError("config.json is not a JSON object", found=f"{file}: {raw!r:.40}", remedy="download it again")
+    return raw
+
+
+def load_config(directory: Path) -> Any:
+    """The transformers configuration of a checkpoint.
+
+    Raises:
+        SourceError: config.json is missing, damaged, or not valid for its model_type.
+    """
+    read_config(directory)
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, OSError, StrictDataclassError) as error:
+        raise SourceError(
+            "config.json is not valid for its model_type",
+            found=f"{directory / 'config.json'}: {' '.join(str(error).split())}",
+            remedy="take config.json from the model's own files",
+        ) from error

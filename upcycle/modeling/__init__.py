@@ -1,7 +1,7 @@
-"""The generic `upcycled_moe` model and the paths of its two code files, which travel inside converted checkpoints."""
+"""The generic `upcycled_moe` model and the paths of its code files, which travel inside converted checkpoints."""
 
 from pathlib import Path
 
 REMOTE_CODE_FILES: tuple[Path, ...] = tuple(
-    Path(__file__).with_name(name) for name in ("configuration_upcycled_moe.py", "modeling_upcycled_moe.py")
+    Path(__file__).with_name(f"{part}_upcycled_moe.py") for part in ("configuration", "modeling", "selection")
 )

@@ -1,13 +1,14 @@
 """Configuration of the `upcycled_moe` model.
 
-This file travels inside converted checkpoints: it may import only transformers and the standard library.
+This file travels inside converted checkpoints, beside selection_upcycled_moe.py: it may import only that file,
+transformers and the standard library.
 """
 
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-ROUTER_ORDERS = ("softmax_topk", "topk_softmax")
+from .selection_upcycled_moe import ROUTER_ORDERS
 
 
 class UpcycledMoeConfig(PreTrainedConfig):
@@ -25,8 +26,13 @@ class UpcycledMoeConfig(PreTrainedConfig):
         ffn_bias: whether every projection of an expert has a bias.
         ffn_dropout: probability of dropping an element of the block's output in training (GPT-2 drops in its FFN).
         shared_expert_intermediate_size: width of the expert all tokens visit; 0 means none.
-        router_order: `softmax_topk` (softmax over all experts, the kept weights not renormalised) or `topk_softmax`
-            (softmax over the kept logits, so weights sum to 1).
+        router_order: `softmax_topk` (softmax over all experts), `topk_softmax` (softmax over the kept logits, so that
+            weights sum to 1) or `sigmoid_topk` (each expert's own sigmoid).
+        router_renormalise: whether the kept weights are divided by their sum.
+        routed_scaling_factor: what the weights are multiplied by in the end.
+        router_correction_bias: whether experts are chosen by score plus a bias (`e_score_correction_bias`), which does
+            not enter the weights.
+        select_groups: whether whole virtual groups of `granularity` experts are chosen, by the sum of their scores.
         granularity: shards G each dense FFN was cut into.
         expansion: copies E of the dense FFN; expert `e * G + g` started as shard g of copy e.
         output_router_logits: whether the model returns router logits and adds the load-balancing loss by default.
@@ -34,7 +40,8 @@ class UpcycledMoeConfig(PreTrainedConfig):
         tie_word_embeddings: always what `text_config` says.
 
     Raises:
-        ValueError: an unknown router order, or more experts per token than experts.
+        ValueError: an unknown router order, more experts per token than experts, or whole groups asked for that the
+            experts or the experts per token do not divide into.
     """
 
     model_type = "upcycled_moe"
@@ -53,6 +60,10 @@ class UpcycledMoeConfig(PreTrainedConfig):
     ffn_dropout: float = 0.0
     shared_expert_intermediate_size: int = 0
     router_order: str = "topk_softmax"
+    router_renormalise: bool = False
+    routed_scaling_factor: float = 1.0
+    router_correction_bias: bool = False
+    select_groups: bool = False
     granularity: int = 1
     expansion: int = 1
     output_router_logits: bool = False
@@ -70,5 +81,10 @@ class UpcycledMoeConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_experts_per_tok must be between 1 and num_experts = {self.num_experts}, "
                 f"found {self.num_experts_per_tok}"
+            )
+        if self.select_groups and (self.num_experts_per_tok % self.granularity or self.num_experts % self.granularity):
+            raise ValueError(
+                f"select_groups needs num_experts and num_experts_per_tok divisible by granularity = "
+                f"{self.granularity}, found {self.num_experts} and {self.num_experts_per_tok}"
             )
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]

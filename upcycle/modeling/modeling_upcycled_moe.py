@@ -1,7 +1,7 @@
 """The `upcycled_moe` model: a dense causal LM of transformers with mixtures of experts for FFNs in some layers.
 
-This file travels inside converted checkpoints, beside configuration_upcycled_moe.py: it may import only that file,
-torch, transformers and the standard library.
+This file travels inside converted checkpoints, beside configuration_upcycled_moe.py and selection_upcycled_moe.py: it
+may import only those files, torch, transformers and the standard library.
 
 Shapes: B batch, L sequence, T = B * L tokens, H hidden, N experts, K experts per token, I expert width.
 """
@@ -23,26 +23,32 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.utils.generic import can_return_tuple, maybe_autocast
 
 from .configuration_upcycled_moe import UpcycledMoeConfig
+from .selection_upcycled_moe import ExpertSelection, select_experts
 
 
 class UpcycledMoeRouter(nn.Module):
     """Scores every expert in float32, whatever the model's dtype, and keeps the best K."""
 
+    e_score_correction_bias: torch.Tensor | None
+
     def __init__(self, config: UpcycledMoeConfig) -> None:
         super().__init__()
-        self.top_k = config.num_experts_per_tok
-        self.order = config.router_order
+        self.selection = ExpertSelection(
+            top_k=config.num_experts_per_tok,
+            order=config.router_order,
+            renormalise=config.router_renormalise,
+            scaling_factor=config.routed_scaling_factor,
+            group_size=config.granularity if config.select_groups else 1,
+        )
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.text_config.hidden_size))
+        bias_N = torch.zeros(config.num_experts, dtype=torch.float32) if config.router_correction_bias else None
+        self.register_buffer("e_score_correction_bias", bias_N)
 
     def forward(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return float32 logits [T, N], weights [T, K] in the input's dtype, and expert indices [T, K]."""
         with maybe_autocast(device_type=x_TH.device.type, enabled=False):
             logits_TN = F.linear(x_TH.float(), self.weight.float())
-            if self.order == "softmax_topk":
-                weights_TK, index_TK = logits_TN.softmax(dim=-1).topk(self.top_k, dim=-1)
-            else:
-                kept_TK, index_TK = logits_TN.topk(self.top_k, dim=-1)
-                weights_TK = kept_TK.softmax(dim=-1)
+            weights_TK, index_TK = select_experts(logits_TN, self.selection, self.e_score_correction_bias)
         return logits_TN, weights_TK.to(x_TH.dtype), index_TK
 
 
@@ -139,6 +145,7 @@ class UpcycledMoeForCausalLM(PreTrainedModel, GenerationMixin):
     config: UpcycledMoeConfig
     _auto_class = "AutoModelForCausalLM"
     supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
     # What the dense model cannot do, it refuses itself.
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -169,6 +176,8 @@ class UpcycledMoeForCausalLM(PreTrainedModel, GenerationMixin):
                         init.zeros_(parameter)
                     else:
                         init.normal_(parameter, std=self.config.text_config.initializer_range)
+            for buffer in module.gate.buffers():
+                init.zeros_(buffer)
         else:
             super()._init_weights(module)  # type: ignore[no-untyped-call]
 

@@ -1,4 +1,4 @@
-"""Makes transformers' Auto classes know `upcycled_moe`. May know the two code files beside it and transformers."""
+"""Makes transformers' Auto classes know `upcycled_moe`. May know the code files beside it and transformers."""
 
 
 def register_config() -> None:

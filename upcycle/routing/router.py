@@ -1,0 +1,145 @@
+"""The one router of training. Knows torch, `modeling` and the functions of this room.
+
+Shapes: T tokens, H hidden, N experts, K experts per token, G experts per virtual group.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils.generic import maybe_autocast
+
+from upcycle.modeling.selection_upcycled_moe import expert_scores, select_experts
+from upcycle.routing.balance import router_probability, z_loss
+from upcycle.routing.choice import capacity, choose_tokens, expert_counts, within_capacity
+from upcycle.routing.statistics import RoutingSums, measure
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from upcycle.modeling.selection_upcycled_moe import ExpertSelection
+    from upcycle.routing.config import RouterConfig
+
+
+class Forward(NamedTuple):
+    """What balancing needs of a training forward; the first two carry gradients.
+
+    Attributes:
+        probability_N: mean router probability of each expert.
+        z_loss: scalar.
+        load_N: assignments to each expert, before any is dropped, int64.
+    """
+
+    probability_N: Tensor
+    z_loss: Tensor
+    load_N: Tensor
+
+
+class Router(nn.Module):
+    """Routes tokens for one MoE block, in place of its native router.
+
+    Attributes:
+        weight: the native router's own parameter, [N, H].
+        e_score_correction_bias: float32 [N], added to scores for choosing experts only; None where nothing uses it.
+        selection: how logits become experts and weights.
+        forwarded: the last training forward; None after an optimizer step.
+        step_load_N: assignments in all training forwards of this optimizer step; None before the first.
+        sums: statistics since they were last reset; None before the first training forward.
+
+    What is counted is no buffer, because DistributedDataParallel overwrites buffers with those of rank 0.
+    """
+
+    e_score_correction_bias: Tensor | None
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        selection: ExpertSelection,
+        options: RouterConfig,
+        *,
+        bias_N: Tensor | None,
+        granularity: int,
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("e_score_correction_bias", bias_N)
+        self.selection, self.options, self.granularity = selection, options, granularity
+        self.forwarded: Forward | None = None
+        self.step_load_N: Tensor | None = None
+        self.sums: RoutingSums | None = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Route the tokens of x [..., H].
+
+        Returns:
+            float32 logits [T, N] without noise, weights [T, K] in the input's dtype, expert indices [T, K]. What is
+            dropped for capacity, and padding of expert choice, keeps an index and has weight 0.
+        """
+        x_TH = x.reshape(-1, x.shape[-1])
+        with maybe_autocast(device_type=x.device.type, enabled=False):
+            logits_TN = F.linear(self._jittered(x_TH.float()), self.weight.float())
+            noisy_TN = self._noisy(logits_TN)
+            weights_TK, index_TK, chosen_TK = self._choose(noisy_TN)
+            if self.training:
+                kept_TK = self._keep(noisy_TN, index_TK, chosen_TK)
+                weights_TK = weights_TK * kept_TK
+                self._record(logits_TN, index_TK, chosen_TK, kept_TK)
+        return logits_TN, weights_TK.to(x.dtype), index_TK
+
+    def _jittered(self, x_TH: Tensor) -> Tensor:
+        jitter = self.options.jitter
+        if not (self.training and jitter):
+            return x_TH
+        return x_TH * torch.empty_like(x_TH).uniform_(1 - jitter, 1 + jitter)
+
+    def _noisy(self, logits_TN: Tensor) -> Tensor:
+        if not (self.training and self.options.noisy_top_k):
+            return logits_TN
+        tokens, experts = logits_TN.shape
+        # Noise of its own for every expert would tear apart a virtual group whose logits tie.
+        groups = logits_TN.new_empty(tokens, experts // self.granularity).normal_(std=1 / experts)
+        return logits_TN + groups.repeat_interleave(self.granularity, dim=-1)
+
+    def _choose(self, logits_TN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.options.expert_choice:
+            return choose_tokens(
+                logits_TN, self.selection, self._capacity(logits_TN, self.options.capacity_factor or 1.0)
+            )
+        weights_TK, index_TK = select_experts(logits_TN, self.selection, self.e_score_correction_bias)
+        return weights_TK, index_TK, torch.ones_like(index_TK, dtype=torch.bool)
+
+    def _keep(self, logits_TN: Tensor, index_TK: Tensor, chosen_TK: Tensor) -> Tensor:
+        factor = self.options.capacity_factor
+        if factor is None or self.options.expert_choice:
+            return chosen_TK
+        scores_TK = expert_scores(logits_TN.detach(), self.selection.order).gather(-1, index_TK)
+        limit = self._capacity(logits_TN, factor)
+        return within_capacity(scores_TK, index_TK, experts=logits_TN.shape[-1], limit=limit)
+
+    def _capacity(self, logits_TN: Tensor, factor: float) -> int:
+        tokens, experts = logits_TN.shape
+        return capacity(factor, tokens=tokens, top_k=self.selection.top_k, experts=experts)
+
+    def _record(self, logits_TN: Tensor, index_TK: Tensor, chosen_TK: Tensor, kept_TK: Tensor) -> None:
+        probability_TN = router_probability(logits_TN, self.selection.order)
+        probability_N, z = probability_TN.mean(dim=0), z_loss(logits_TN)
+        # Activation checkpointing repeats the forward inside the backward: it must save what the first one saved, and
+        # count nothing.
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            with torch.no_grad():
+                load_N = expert_counts(index_TK, logits_TN.shape[-1], chosen_TK)
+                sums = measure(probability_TN, index_TK, chosen_TK, kept_TK, load_N)
+            self.forwarded = Forward(probability_N, z, load_N)
+            self.step_load_N = load_N if self.step_load_N is None else self.step_load_N + load_N
+            self.sums = sums if self.sums is None else self.sums + sums
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        bias_N = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if bias_N is not None:
+            # bfloat16 would lose the small steps of the bias.
+            self.e_score_correction_bias = bias_N.to(self.weight.device)
+        return self

@@ -1,0 +1,198 @@
+"""Documents of every kind of source as text, in a fixed order. Knows files and `datasets`, not tokens."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import sysconfig
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upcycle.errors import ConfigError, SourceError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from upcycle.data.config import SourceConfig
+
+TESTS = {"test", "tests", "idle_test"}
+NOT_THE_LIBRARY = {"site-packages", "dist-packages"}
+# Written when Python was built, so not the same on every machine of a version.
+BUILD_RECORDS = ("_sysconfigdata_*.py", "config-*/*.py")
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents that can be read more than once; empty ones are left out."""
+
+    read: Callable[[], Iterable[str]]
+
+    def __iter__(self) -> Iterator[str]:
+        """The documents from the first on."""
+        return filter(None, self.read())
+
+
+def open_documents(source: SourceConfig) -> Documents:
+    """The documents of a source, which are read when they are asked for.
+
+    Raises:
+        ConfigError: nothing is found where the options say.
+        SourceError: now or while reading: a file or dataset that cannot be read, or lacks the field.
+    """
+    if source.name == "python_stdlib":
+        return Documents(partial(_files, standard_library(), source.field))
+    if source.name == "text":
+        return Documents(partial(_files, _matches(source.files), source.field))
+    return _hugging_face(source)
+
+
+def standard_library() -> list[Path]:
+    """The running interpreter's standard library: its .py files by path, without tests and installed packages."""
+    root = Path(sysconfig.get_path("stdlib"))
+    built = {file for pattern in BUILD_RECORDS for file in root.glob(pattern)}
+    return [
+        file
+        for file in sorted(root.rglob("*.py"), key=lambda file: file.relative_to(root).as_posix())
+        if not (TESTS | NOT_THE_LIBRARY) & set(file.relative_to(root).parts) and file not in built
+    ]
+
+
+def _matches(patterns: str | Sequence[str] | None) -> list[Path]:
+    given = [patterns] if isinstance(patterns, str) else list(patterns or ())
+    if not given:
+        raise ConfigError("text needs files", found="none", expected="paths or globs", remedy="add data.files=PATH")
+    found: set[Path] = set()
+    for pattern in given:
+        expanded = os.path.expanduser(pattern)
+        # A name that exists is meant literally, whatever brackets are in it.
+        names = [expanded] if os.path.exists(expanded) else glob.glob(expanded, recursive=True)
+        files = {Path(name) for name in names if os.path.isfile(name)}
+        if not files:
+            raise ConfigError(
+                "no file matches",
+                found=pattern,
+                expected="a file, or a glob such as texts/**/*.txt",
+                remedy=f"give {pattern.rstrip('/')}/** for the files of a directory"
+                if os.path.isdir(expanded)
+                else None,
+            )
+        found |= files
+    return sorted(found)
+
+
+def _files(files: Iterable[Path], field: str) -> Iterator[str]:
+    for file in files:
+        try:
+            if file.suffix == ".jsonl":
+                yield from _jsonl(file, field)
+            elif file.suffix == ".parquet":
+                yield from _parquet(file, field)
+            else:
+                yield file.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise SourceError("the file is not UTF-8", found=f"{file}: {error}", remedy="convert it first") from error
+        except OSError as error:
+            raise SourceError("the file cannot be read", found=f"{file}: {error.strerror or error}") from error
+
+
+def _jsonl(file: Path, field: str) -> Iterator[str]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except UnicodeDecodeError:
+                raise
+            except ValueError as error:
+                raise SourceError("a line is not JSON", found=f"{file}:{number}: {error}") from error
+            yield _text_of(row, field, f"{file}:{number}")
+
+
+def _parquet(file: Path, field: str) -> Iterator[str]:
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(file) as table:
+            if field not in table.schema_arrow.names:
+                raise _no_field(field, str(file), table.schema_arrow.names)
+            for batch in table.iter_batches(columns=[field]):
+                yield from (_text_of(row, field, str(file)) for row in batch.to_pylist())
+    except pyarrow.ArrowInvalid as error:
+        raise SourceError("the file is not parquet", found=f"{file}: {error}") from error
+
+
+def _text_of(row: Any, field: str, where: str) -> str:
+    if not isinstance(row, dict) or field not in row:
+        raise _no_field(field, where, row if isinstance(row, dict) else ())
+    text = row[field]
+    if not isinstance(text, str):
+        raise SourceError(
+            f"the field {field} is not text", found=f"{where}: {type(text).__name__}", expected="a string"
+        )
+    return text
+
+
+def _no_field(field: str, where: str, names: Iterable[str]) -> SourceError:
+    return SourceError(
+        f"a document has no field {field}",
+        found=f"{where}: {', '.join(names) or 'no fields'}",
+        expected=field,
+        remedy="set the option `field` to the one that holds the text",
+    )
+
+
+def _hugging_face(source: SourceConfig) -> Documents:
+    if not source.path:
+        raise ConfigError(
+            "hf needs a dataset", found="none", expected="a name or directory", remedy="add data.path=NAME"
+        )
+    limit = source.max_documents
+    if limit is not None and limit < 1:
+        raise ConfigError("max_documents is not positive", found=limit, expected="at least 1, or null for all")
+    if source.streaming and limit is None:
+        raise ConfigError(
+            "streaming has no end",
+            found="max_documents=null",
+            expected="a number of documents",
+            remedy="add data.max_documents=NUMBER, or data.streaming=false",
+        )
+    rows = _load(source)
+
+    def read() -> Iterator[str]:
+        for number, row in enumerate(islice(rows, limit)):
+            yield _text_of(row, source.field, f"{source.path}, row {number}")
+
+    if not source.streaming:
+        return Documents(read)
+    kept = list(read())  # a stream is not had twice without downloading it twice
+    return Documents(lambda: kept)
+
+
+def _load(source: SourceConfig) -> Iterable[Any]:
+    """The rows, memory-mapped by `datasets` unless they are streamed."""
+    import datasets  # type: ignore[import-untyped]
+
+    path = os.path.expanduser(str(source.path))
+    try:
+        if any(os.path.exists(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(path)
+            rows: Iterable[Any] = saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
+        else:
+            rows = datasets.load_dataset(path, source.subset, split=source.split, streaming=source.streaming)
+    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise SourceError(
+            "the dataset cannot be loaded",
+            found=f"{source.path} ({source.subset or 'no subset'}, split {source.split}): {_first_line(error)}",
+            remedy="check path, subset, split and the connection (HF_HUB_OFFLINE, HF_TOKEN), or give a local directory",
+        ) from error
+    return rows
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

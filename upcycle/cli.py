@@ -25,6 +25,7 @@ from upcycle.arguments import CONF, MULTIRUN, is_sweep, literal_paths, quoted, r
 from upcycle.completion import complete
 from upcycle.errors import ConfigError, UpcycleError, did_you_mean
 from upcycle.interruption import Interruption
+from upcycle.train import config as training
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -70,6 +71,18 @@ COMMANDS = {
         options=options.VerifyConfig,
         function="upcycle.commands:verify",
         paths=("source", "moe", "text"),
+    ),
+    "train": Command(
+        summary="dense, upcycled, from scratch or a checkpoint: one module trains them all",
+        options=training.TrainConfig,
+        function="upcycle.commands:train",
+        paths=("source", "output", "tokenizer"),
+    ),
+    "export": Command(
+        summary="a trained run as a Hugging Face checkpoint",
+        options=training.ExportConfig,
+        function="upcycle.commands:export",
+        paths=("run", "output"),
     ),
     "inspect": Command(
         summary="what a checkpoint is",

@@ -14,8 +14,12 @@ from upcycle.errors import ConfigError, did_you_mean
 from upcycle.interruption import Interruption
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+
     from upcycle.config import ConvertConfig, InspectConfig, PlanConfig, VerifyConfig
     from upcycle.prepare import Conversion
+    from upcycle.train.config import ExportConfig, TrainConfig
+    from upcycle.train.run import Run
 
 FORMATS = ("table", "json")
 
@@ -87,6 +91,28 @@ def inspect(config: InspectConfig) -> int:
     _check_format(config.format)
     found = run(config)
     _print(config.format, found, inspection_table(found))
+    return 0
+
+
+def train(config: TrainConfig) -> int:
+    """`upcycle train`: a panel that says what will run, a progress bar, and where the run is."""
+    from upcycle.train.display import TrainingProgress, panel, summary
+    from upcycle.train.run import train as run
+
+    def on_start(prepared: Run) -> list[Callback]:
+        Console(stderr=True).print(panel(prepared))
+        return [TrainingProgress(prepared)] if config.progress else []
+
+    finished = run(config, on_start=on_start)
+    Console().print(summary(finished))
+    return 0
+
+
+def export(config: ExportConfig) -> int:
+    """`upcycle export`: write the trained model as a checkpoint."""
+    from upcycle.train.export import export as run
+
+    print(f"wrote {run(config)}")
     return 0
 
 

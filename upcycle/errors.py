@@ -49,6 +49,10 @@ class OutputError(UpcycleError):
     """The output directory cannot be written."""
 
 
+class TrainingError(UpcycleError):
+    """Training cannot go on."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """Return 'did you mean …?' for a `name` close to some of `known`, else None."""
     close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)

@@ -31,7 +31,7 @@ def load_dense(source: DenseSource, dtype: torch.dtype = torch.float32) -> PreTr
         model.load_state_dict({name: source.read(name) for name in source.model.tensors()}, strict=False)
         model.tie_weights()
     else:
-        with _quietly():
+        with quietly():
             model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype)
     model.eval()
     return model
@@ -41,7 +41,7 @@ def load_moe(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedM
     """A MoE checkpoint in evaluation mode, with transformers' loop over experts, which takes every width."""
     from transformers import AutoModelForCausalLM
 
-    with _quietly():
+    with quietly():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, experts_implementation="eager"
         )
@@ -80,7 +80,7 @@ def _gguf_arguments(source: DenseSource) -> tuple[Path, dict[str, Any]]:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without transformers' progress bars, and without torch's word on qwen2_moe's shared expert of width 0."""
     from transformers.utils import logging
 

@@ -63,6 +63,9 @@ class MoeDescription:
     def router_path(self, layer: int) -> str:
         return self.layer_path.format(layer=layer) + self.target.router_module
 
+    def experts_path(self, layer: int) -> str:
+        return self.router_path(layer).rpartition(".")[0] + ".experts"
+
 
 def describe_moe(directory: Path) -> MoeDescription:
     """Describe a MoE checkpoint.

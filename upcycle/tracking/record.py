@@ -1,0 +1,182 @@
+"""The record of a run on disk: run.json, metrics.jsonl, and what is needed to go on or to export.
+
+DIR/run.json         resolved config, manifest, versions, hardware, data, status
+DIR/metrics.jsonl    one row per logging interval and validation
+DIR/checkpoints/     last.ckpt, best.ckpt
+DIR/model/           config.json and tokenizer
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from upcycle.checkpoint.files import output_errors, replacing, write_all
+from upcycle.errors import ConfigError, OutputError, SourceError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+    from typing import Self
+
+    from upcycle.train.config import TrainConfig
+
+RUN, METRICS, CHECKPOINTS, MODEL = "run.json", "metrics.jsonl", "checkpoints", "model"
+PACKAGES = ("upcycle", "torch", "lightning", "transformers")
+# Options that change where a run is and what is seen of it, but no number in it.
+NOT_COMPARED = ("output", "resume", "overwrite", "progress", "workers", "checkpoint_every", "peak_flops")
+
+
+class Record:
+    """The directory of a run.
+
+    Args:
+        directory: the run's.
+        overwrite: delete what is there on `create`.
+    """
+
+    def __init__(self, directory: Path, *, overwrite: bool = False) -> None:
+        self.directory = directory
+        self._overwrite = overwrite
+        self.last: dict[str, Any] = {}
+        self._content: dict[str, Any] = {}
+
+    @classmethod
+    def open(cls, directory: Path, config: TrainConfig) -> Self:
+        """Check that a run can be written to the directory, or that it holds one to go on with.
+
+        Raises:
+            OutputError: something is there that may not be replaced.
+            ConfigError: the run that is there was started with other options.
+        """
+        record = cls(directory, overwrite=config.overwrite and (directory / RUN).is_file())
+        if record._overwrite:
+            return record
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            if config.resume != "auto" or not (directory / RUN).is_file():
+                raise OutputError(
+                    f"the output {directory} exists already",
+                    expected="a new directory",
+                    remedy="go on with it with resume=auto, delete it with overwrite=true, or choose another output",
+                )
+            _check_same(read_run(directory)["config"], json.loads(json.dumps(asdict(config))))
+        return record
+
+    def create(self) -> None:
+        """Make the directory; with `overwrite`, delete the earlier run first.
+
+        Raises:
+            OutputError: the place is not writable.
+        """
+        with output_errors(self.directory):
+            if self._overwrite and self.directory.exists():
+                shutil.rmtree(self.directory)
+            (self.directory / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+
+    def describe(self, **content: Any) -> None:
+        """Set entries of run.json, which is replaced as a whole."""
+        self._content |= content
+        path = self.directory / RUN
+        with replacing(path) as descriptor:
+            write_all(descriptor, (json.dumps(self._content, indent=1) + "\n").encode(), path)
+
+    def forget_after(self, step: int) -> None:
+        """Drop rows of later steps than the checkpoint's, and a row that was cut off: they will come again."""
+        path = self.directory / METRICS
+        if not path.exists():
+            return
+        kept = [line for line in path.read_text().splitlines() if _step(line) <= step]
+        with replacing(path) as descriptor:
+            write_all(descriptor, "".join(f"{line}\n" for line in kept).encode(), path)
+
+    def log(self, row: Mapping[str, Any], *, step: int) -> None:
+        """Append a row, and hand it to the operating system: a killed process keeps it."""
+        self.last |= row
+        path = self.directory / METRICS
+        line = json.dumps({"step": step, "time": datetime.now(UTC).isoformat(), **row})
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            write_all(descriptor, f"{line}\n".encode(), path)
+        finally:
+            os.close(descriptor)
+
+
+def read_run(directory: Path) -> dict[str, Any]:
+    """The content of run.json.
+
+    Raises:
+        SourceError: it is missing or damaged.
+    """
+    try:
+        content: dict[str, Any] = json.loads((directory / RUN).read_text())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise SourceError(
+            "there is no run", found=directory, expected="a directory that upcycle train wrote"
+        ) from error
+    except ValueError as error:
+        raise SourceError("run.json is damaged", found=f"{directory}: {error}", remedy="train again") from error
+    return content
+
+
+def surroundings() -> dict[str, Any]:
+    """Versions, hardware and commit, for run.json."""
+    return {
+        "started": datetime.now(UTC).isoformat(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "hardware": {
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+        "git_commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the working directory, where a user's own code and configs are."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def _step(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return float("inf")
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    one, other = _flat(before), _flat(now)
+    differing = sorted(
+        key for key in one.keys() | other.keys() if one.get(key) != other.get(key) and key not in NOT_COMPARED
+    )
+    if differing:
+        raise ConfigError(
+            "the run at output was started with other options",
+            found=", ".join(f"{key}={other.get(key)} (was {one.get(key)})" for key in differing),
+            expected="the same options",
+            remedy="give the same ones, or another output",
+        )
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,69 @@
+"""Every metric that training reports: name, unit, and how a run's rows are reduced to one number.
+
+Knows nothing else. A name with `{domain}` or `{layer}` stands for one metric per domain or MoE layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Reduction = Literal["last", "min", "max", "mean", "sum"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A metric.
+
+    Attributes:
+        name: as it stands in the record.
+        unit: what one of it is.
+        reduction: how the rows of a run become its summary.
+        meaning: one line.
+    """
+
+    name: str
+    unit: str
+    reduction: Reduction
+    meaning: str
+
+
+def _metric(name: str, unit: str, reduction: Reduction, meaning: str) -> Metric:
+    return Metric(name=name, unit=unit, reduction=reduction, meaning=meaning)
+
+
+METRICS = (
+    _metric("train/loss", "nats/token", "last", "cross entropy, mean over the tokens since the last row"),
+    _metric("train/perplexity", "1", "last", "exp(train/loss)"),
+    _metric("train/aux_loss", "1", "last", "Switch load-balancing loss before its coefficient; 1 is balanced"),
+    _metric("train/z_loss", "1", "last", "mean squared log-sum-exp of the router's logits, before its coefficient"),
+    _metric("train/distill_loss", "nats/token", "last", "KL of the student from the teacher, before its weight"),
+    _metric("train/grad_norm", "1", "mean", "global L2 norm of the gradient before clipping"),
+    _metric("train/learning_rate", "1", "last", "of the last step, before factors for router and experts"),
+    _metric("train/tokens", "tokens", "last", "tokens trained on"),
+    _metric("train/flops", "FLOP", "last", "training FLOPs spent, analytic, forward and backward"),
+    _metric("train/tokens_per_second", "tokens/s", "mean", "throughput since the last row, validation left out"),
+    _metric("train/mfu", "1", "mean", "model FLOPs utilisation: FLOP/s over the device's peak, if it is known"),
+    _metric("train/step_seconds", "s", "mean", "time of one optimizer step, validation left out"),
+    _metric("val/loss", "nats/token", "last", "cross entropy over all held-out windows used"),
+    _metric("val/perplexity", "1", "last", "exp(val/loss)"),
+    _metric("val/{domain}/loss", "nats/token", "last", "cross entropy by domain"),
+    _metric("val/{domain}/nats_per_byte", "nats/byte", "last", "cross entropy by domain, per byte of text"),
+    _metric("moe/max_vio", "1", "last", "largest expert load over the mean, minus 1; mean over layers"),
+    _metric("moe/load_entropy", "1", "last", "entropy of the load over experts, over its maximum; mean over layers"),
+    _metric("moe/dead_experts", "experts", "last", "experts that got no token since the last row, over all layers"),
+    _metric("moe/dropped_share", "1", "last", "share of (token, expert) pairs dropped for capacity"),
+    _metric("moe/router_entropy", "nats", "last", "entropy of the router's distribution; mean over tokens and layers"),
+    _metric("moe/selected_mass", "1", "last", "probability of the selected experts; mean over tokens and layers"),
+    _metric("moe/dense_cosine", "1", "last", "cosine of an expert to the dense shard it came from; mean"),
+    _metric("moe/group_cosine", "1", "last", "cosine between experts that came from the same shard; mean"),
+    _metric("moe/layer_{layer}/load", "1", "last", "share of the tokens' choices that each expert got, a list"),
+    _metric("moe/layer_{layer}/max_vio", "1", "last", "moe/max_vio of one layer"),
+    _metric("moe/layer_{layer}/load_entropy", "1", "last", "moe/load_entropy of one layer"),
+    _metric("moe/layer_{layer}/dead_experts", "experts", "last", "moe/dead_experts of one layer"),
+    _metric("moe/layer_{layer}/dropped_share", "1", "last", "moe/dropped_share of one layer"),
+    _metric("moe/layer_{layer}/router_entropy", "nats", "last", "moe/router_entropy of one layer"),
+    _metric("moe/layer_{layer}/selected_mass", "1", "last", "moe/selected_mass of one layer"),
+    _metric("moe/layer_{layer}/dense_cosine", "1", "last", "cosine of each expert to its dense shard, a list"),
+    _metric("moe/layer_{layer}/group_cosine", "1", "last", "moe/group_cosine of one layer"),
+)

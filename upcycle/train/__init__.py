@@ -1,0 +1,1 @@
+"""Trains dense models and mixtures of experts through one Lightning module."""

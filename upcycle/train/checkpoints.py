@@ -1,0 +1,138 @@
+"""Checkpoints of a run: written whole or not at all, in the background, and on the way out of a signal."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+
+from upcycle.checkpoint.files import replacing, write_all
+from upcycle.errors import SourceError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from lightning.pytorch import LightningModule, Trainer
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class _Writer:
+    """What `torch.save` writes to: a descriptor whose failures are the output's."""
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        self._descriptor, self._path = descriptor, path
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        write_all(self._descriptor, view, self._path)
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """A checkpoint's name holds the old one, or the new one, whatever interrupts the writing."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write, sync, rename.
+
+        Raises:
+            OutputError: the file cannot be written, such as on a full disk; the old one is intact.
+        """
+        with replacing(Path(path)) as descriptor:
+            torch.save(checkpoint, _Writer(descriptor, Path(path)))  # type: ignore[arg-type]
+
+
+def checkpoint_io() -> AsyncCheckpointIO:
+    """Writes in a background thread from a copy of the state; a failure is raised at the next save, or at the end."""
+    return AsyncCheckpointIO(AtomicCheckpointIO())
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU.
+
+    Raises:
+        SourceError: it is missing or damaged.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise SourceError(
+            "there is no checkpoint", found=path, remedy="train on: upcycle train ... resume=auto"
+        ) from error
+    except Exception as error:  # torch.load raises what its parsers raise
+        raise SourceError("the checkpoint is damaged", found=f"{path}: {error}", remedy="use the other one") from error
+    return content
+
+
+class Checkpoints(Callback):
+    """Saves last.ckpt every so many optimizer steps, on a signal and at the end; best.ckpt at the lowest loss.
+
+    It saves at the start of the next batch, when everything that belongs to a step, validation too, is over.
+
+    Args:
+        directory: where they go.
+        every: optimizer steps between them.
+    """
+
+    def __init__(self, directory: Path, *, every: int) -> None:
+        self.best = float("inf")
+        self.signalled: signal.Signals | None = None
+        self._directory, self._every = directory, every
+        self._saved = -1
+        self._improved = False
+        self._before: dict[int, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved = trainer.global_step
+        self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+
+    def improve(self, loss: float) -> None:
+        """Take note of a validation loss."""
+        if loss < self.best:
+            self.best, self._improved = loss, True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Save what is due; after a signal, stop."""
+        step = trainer.global_step
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        due = step > self._saved and (step % self._every == 0 or self.signalled is not None)
+        self._save(trainer, last=due)
+        trainer.should_stop = trainer.should_stop or self.signalled is not None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer, last=trainer.global_step > self._saved)
+        self._restore_handlers()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore_handlers()
+
+    def _save(self, trainer: Trainer, *, last: bool) -> None:
+        if self._improved:
+            trainer.save_checkpoint(self._directory / BEST)
+            self._improved = False
+        if last:
+            trainer.save_checkpoint(self._directory / LAST)
+            self._saved = trainer.global_step
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self.signalled = signal.Signals(number)
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

@@ -1,0 +1,114 @@
+"""A trained run as a Hugging Face checkpoint that plain transformers loads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import TypeAdapter
+
+from upcycle.arch.targets import TARGETS
+from upcycle.checkpoint import Staging, torch_dtype
+from upcycle.errors import OutputError
+from upcycle.load import quietly
+from upcycle.manifest import FORMAT, MANIFEST
+from upcycle.model_config import load_config
+from upcycle.modeling import REMOTE_CODE_FILES
+from upcycle.moe_config import describe_config
+from upcycle.prepare import check_apart
+from upcycle.routing.export import export_fields
+from upcycle.source import expanded
+from upcycle.tracking.record import CHECKPOINTS, MODEL, read_run
+from upcycle.train.checkpoints import read_checkpoint
+from upcycle.train.config import ExportConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+PREFIX = "model."
+KEPT = ("train/loss", "val/loss", "train/tokens", "train/flops")
+
+
+def export(config: ExportConfig) -> Path:
+    """Write the checkpoint, and load it again to compare every tensor.
+
+    Raises:
+        SourceError: there is no run, or no checkpoint in it.
+        ConfigError: the model's type cannot store how it was routed; names the option.
+        OutputError: the output cannot be written, or does not load as what was trained.
+    """
+    directory, output = expanded(config.run), expanded(config.output)
+    check_apart(directory, output)
+    run = read_run(directory)
+    content = read_checkpoint(directory / CHECKPOINTS / f"{config.checkpoint}.ckpt")
+    trained = TypeAdapter(TrainConfig).validate_python(run["config"])
+    dtype = torch_dtype(config.dtype)
+    with quietly():
+        model = _model(directory / MODEL, trained, run["manifest"], content["state_dict"]).to(dtype)
+        fingerprint = hashlib.sha256(json.dumps([run["config"], content["global_step"]]).encode()).hexdigest()
+        with Staging.open(output, fingerprint=fingerprint, overwrite=config.overwrite, resume=False) as staging:
+            model.save_pretrained(staging.directory)
+            _beside(staging, directory / MODEL, model)
+            manifest = {"format": FORMAT, **run["manifest"], "training": _training(run, content, config)}
+            staging.write_text(MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+            _check_loads(staging.directory, model, dtype)
+            staging.commit()
+    return output
+
+
+def _model(
+    description: Path, trained: TrainConfig, manifest: dict[str, Any], state: dict[str, torch.Tensor]
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    transformers_config = load_config(description)
+    target = TARGETS.get(transformers_config.model_type)
+    if target:
+        moe = describe_config(target, transformers_config, manifest)
+        for name, value in export_fields(moe, trained.router, trained.balance).items():
+            setattr(transformers_config, name, value)
+    transformers_config.use_cache = True
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(transformers_config, dtype=torch.float32)
+    own = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+    model.load_state_dict(own)
+    model.eval()
+    return model
+
+
+def _beside(staging: Staging, description: Path, model: PreTrainedModel) -> None:
+    for file in sorted(description.iterdir()):
+        if file.name != "config.json":
+            staging.copy_file(file, file.name)
+    if model.config.model_type == "upcycled_moe":
+        for file in REMOTE_CODE_FILES:
+            staging.copy_file(file, file.name)
+
+
+def _training(run: dict[str, Any], content: dict[str, Any], config: ExportConfig) -> dict[str, Any]:
+    summary = run.get("summary", {})
+    return {
+        "checkpoint": config.checkpoint,
+        "step": content["global_step"],
+        "config": run["config"],
+        "versions": run["versions"],
+        "data_hash": run["data_hash"],
+        "order_hash": run["order_hash"],
+        "summary": {name: summary[name] for name in KEPT if name in summary},
+    }
+
+
+def _check_loads(directory: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).state_dict()
+    differing = [name for name, value in model.state_dict().items() if not torch.equal(loaded[name], value)]
+    if differing:
+        raise OutputError(
+            "the exported checkpoint does not load as what was trained",
+            found=f"{len(differing)} tensors differ, first {differing[0]}",
+            remedy="report this as a bug; nothing was written",
+        )

@@ -1,0 +1,46 @@
+"""Counts a model's FLOPs from its modules' shapes; reads no weight."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from upcycle.moe_config import MoeDescription
+
+# One forward pass, and twice as much for the gradients of inputs and of weights.
+TRAINING_PASSES = 3
+
+
+def forward_flops(model: PreTrainedModel, moe: MoeDescription | None, *, sequence_length: int) -> int:
+    """Forward FLOPs per token: 2 for every weight that multiplies it, plus attention.
+
+    Routed experts count by the share of them that a token visits. Attention counts 4 * sequence_length * heads *
+    head size per layer, the whole square, as torch's counter does; norms, activations and the loss count nothing.
+
+    Args:
+        model: a dense or MoE causal LM.
+        moe: its shape; None for a dense model.
+        sequence_length: tokens per sequence.
+    """
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear | Conv1D))
+    text = model.config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    attention = 4 * sequence_length * text.num_attention_heads * head * text.num_hidden_layers
+    return 2 * (linear + (_moe_weights(model, moe) if moe else 0)) + attention
+
+
+def _moe_weights(model: PreTrainedModel, moe: MoeDescription) -> int:
+    routers = len(moe.layers) * moe.experts * moe.hidden_size
+    stacked = sum(
+        math.prod(parameter.shape)
+        for layer in moe.layers
+        for parameter in model.get_submodule(moe.experts_path(layer)).parameters()
+        if parameter.dim() == 3
+    )
+    return routers + stacked * moe.top_k // moe.experts

@@ -1,0 +1,180 @@
+"""The rows of the record: what a training run measures besides held-out losses.
+
+Shapes: L MoE layers, N experts.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback
+
+from upcycle.train.periodic import Periodic
+from upcycle.train.similarity import dense_cosine, expert_matrices, group_cosine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
+
+    from upcycle.moe_config import MoeDescription
+    from upcycle.routing.statistics import RoutingSums
+    from upcycle.tracking.record import Record
+    from upcycle.train.similarity import Matrices
+
+Row = dict[str, Any]
+
+
+class TrainingMetrics(Callback):
+    """Logs losses, learning rate, throughput and, for a MoE, routing, every so many optimizer steps.
+
+    Args:
+        record: where rows go.
+        apart: whose time does not count.
+        every: optimizer steps between rows.
+        flops_per_step: training FLOPs of an optimizer step.
+        peak_flops: FLOP/s of the device; None leaves MFU out.
+        routing: whether to log routing statistics.
+    """
+
+    def __init__(
+        self,
+        record: Record,
+        apart: Sequence[Periodic],
+        *,
+        every: int,
+        flops_per_step: int,
+        peak_flops: float | None,
+        routing: bool,
+    ) -> None:
+        self._record, self._apart, self._every = record, apart, every
+        self._flops_per_step, self._peak_flops, self._routing = flops_per_step, peak_flops, routing
+        self._sums: dict[str, Tensor] = {}
+        self._micro_batches = 0
+        self._since: tuple[float, int] = (0.0, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self._sums, "micro_batches": self._micro_batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._sums, self._micro_batches = state_dict["sums"], state_dict["micro_batches"]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Keep what routers counted since the last row: the next row covers it too."""
+        if self._routing:
+            checkpoint["routing"] = pl_module.routing.state_dict()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if self._routing:
+            pl_module.routing.load_state_dict(checkpoint["routing"])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since = (self._clock(), trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add to the sums; at the end of an interval, log a row."""
+        for name, value in outputs.items():
+            if name != "loss":
+                self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
+        self._micro_batches += 1
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and trainer.global_step % self._every == 0:
+            self._record.log(self._row(trainer.global_step, pl_module), step=trainer.global_step)
+
+    def _row(self, step: int, module: Any) -> Row:
+        means = {name: float(total) / self._micro_batches for name, total in self._sums.items()}
+        self._sums, self._micro_batches = {}, 0
+        loss = means.pop("cross_entropy")
+        row: Row = {
+            "train/loss": loss,
+            "train/perplexity": math.exp(loss),
+            **{f"train/{name}": value for name, value in means.items()},
+            "train/grad_norm": float(module.grad_norm),
+            "train/learning_rate": module.learning_rate(step - 1),
+            "train/tokens": step * module.tokens_per_step,
+            "train/flops": step * self._flops_per_step,
+            **self._speed(step, module.tokens_per_step),
+        }
+        if self._routing:
+            row |= routing_row(module.routing.statistics(), module.moe.layers)
+            module.routing.reset_statistics()
+        return row
+
+    def _speed(self, step: int, tokens_per_step: int) -> Row:
+        now, (before, first) = self._clock(), self._since
+        self._since = (now, step)
+        per_step = (now - before) / max(1, step - first)
+        row: Row = {"train/step_seconds": per_step, "train/tokens_per_second": tokens_per_step / per_step}
+        if self._peak_flops:
+            row["train/mfu"] = self._flops_per_step / per_step / self._peak_flops
+        return row
+
+    def _clock(self) -> float:
+        return time.perf_counter() - sum(each.seconds for each in self._apart)
+
+
+def routing_row(sums: RoutingSums, layers: tuple[int, ...]) -> Row:
+    """Metrics of routing by layer, and their means.
+
+    Args:
+        sums: of all layers, each with a leading dimension L.
+        layers: indices of the MoE layers.
+    """
+    load_LN = sums.load.double()
+    share_LN = load_LN / load_LN.sum(-1, keepdim=True).clamp_min(1)
+    experts, tokens_L = load_LN.shape[-1], sums.tokens.double().clamp_min(1)
+    by_layer = {
+        "max_vio": share_LN.max(-1).values * experts - 1,
+        "load_entropy": torch.special.entr(share_LN).sum(-1) / math.log(max(2, experts)),
+        "dead_experts": (sums.load == 0).sum(-1),
+        "dropped_share": sums.dropped / load_LN.sum(-1).clamp_min(1),
+        "router_entropy": sums.entropy / tokens_L,
+        "selected_mass": sums.mass / tokens_L,
+    }
+    row: Row = {}
+    for name, values_L in by_layer.items():
+        values = values_L.tolist()
+        row[f"moe/{name}"] = sum(values) if name == "dead_experts" else sum(values) / len(values)
+        row |= {f"moe/layer_{layer}/{name}": value for layer, value in zip(layers, values, strict=True)}
+    shares = share_LN.tolist()
+    return row | {f"moe/layer_{layer}/load": share for layer, share in zip(layers, shares, strict=True)}
+
+
+class ExpertSimilarity(Periodic):
+    """Logs how far experts have moved from the dense model and from each other.
+
+    Args:
+        record: where rows go.
+        moe: the model's shape.
+        shards: a layer's dense shards; None where the dense model is not there.
+        every: optimizer steps.
+    """
+
+    def __init__(
+        self, record: Record, moe: MoeDescription, shards: Callable[[int], Matrices] | None, *, every: int
+    ) -> None:
+        super().__init__(every=every)
+        self._record, self._moe, self._shards = record, moe, shards
+
+    def measure(self, step: int, module: Any, _trainer: Trainer) -> None:
+        row: Row = {}
+        groups, cosines = [], []
+        for layer in self._moe.layers:
+            experts = expert_matrices(module.model.get_submodule(self._moe.experts_path(layer)))
+            across = group_cosine(experts, granularity=self._moe.granularity)
+            if across is not None:
+                row[f"moe/layer_{layer}/group_cosine"] = across
+                groups.append(across)
+            if self._shards:
+                cosine_N = dense_cosine(experts, self._shards(layer))
+                row[f"moe/layer_{layer}/dense_cosine"] = cosine_N.tolist()
+                cosines.append(float(cosine_N.mean()))
+        for name, values in (("group_cosine", groups), ("dense_cosine", cosines)):
+            if values:
+                row[f"moe/{name}"] = sum(values) / len(values)
+        self._record.log(row, step=step)

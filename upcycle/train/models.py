@@ -1,0 +1,250 @@
+"""The four arms: go on with the dense model, upcycle it in memory, start from random weights, load a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from upcycle.arch.families import FAMILIES
+from upcycle.arch.targets import TARGETS
+from upcycle.checkpoint import hash_files, torch_dtype
+from upcycle.config import ConvertConfig
+from upcycle.convert import output_config
+from upcycle.data.bytes_tokenizer import byte_tokenizer
+from upcycle.errors import ConfigError, SourceError, did_you_mean
+from upcycle.load import load_dense, load_tokenizer, quietly
+from upcycle.manifest import manifest_json, read_manifest
+from upcycle.materialise import Materialiser
+from upcycle.model_config import read_config
+from upcycle.moe_config import MoeDescription, describe_config, describe_moe
+from upcycle.prepare import prepare
+from upcycle.source import expanded, open_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from upcycle.prepare import Conversion
+    from upcycle.source import DenseSource
+    from upcycle.train.config import TrainConfig
+
+BYTES = "bytes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What training starts from.
+
+    Attributes:
+        model: in float32, in training mode.
+        tokenizer: the model's.
+        moe: its shape; None for a dense model.
+        source: the dense model that it came from, or that it is; None where there is none.
+        manifest: what `upcycle convert` would have written about it, or the checkpoint's own; empty where neither is.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    moe: MoeDescription | None
+    source: DenseSource | None
+    manifest: dict[str, Any]
+
+
+def start_model(config: TrainConfig) -> Start:
+    """Build the model that `config` names.
+
+    Raises:
+        ConfigError: options that do not go together, or with the model.
+        SourceError: the source cannot be read.
+    """
+    _check_options(config)
+    arms = {"dense": _dense, "upcycle": _upcycle, "scratch": _scratch, "checkpoint": _checkpoint}
+    torch.manual_seed(config.seed)
+    with quietly():
+        start = arms[config.model](config)
+    start.model.train()
+    start.model.config.use_cache = False
+    _check_sizes(start, config.sequence_length)
+    return start
+
+
+def _check_options(config: TrainConfig) -> None:
+    if config.model != "scratch" and config.architecture is not None:
+        raise ConfigError(
+            "architecture is for model=scratch", found=f"model={config.model}", remedy="leave architecture out"
+        )
+    if config.source is None and (config.model != "scratch" or config.architecture is None):
+        raise ConfigError(
+            f"model={config.model} needs a source",
+            found="source=null",
+            expected="source=MODEL" + (" or architecture={...}" if config.model == "scratch" else ""),
+            remedy="give the dense model, or for model=checkpoint the directory to train",
+        )
+    if config.source is None and config.tokenizer is None:
+        raise ConfigError(
+            "a model without a source needs a tokenizer",
+            found="tokenizer=null",
+            expected="a directory, a Hub id, or bytes",
+            remedy="add tokenizer=bytes",
+        )
+
+
+def _dense(config: TrainConfig) -> Start:
+    source = open_source(str(config.source))
+    return Start(model=load_dense(source), tokenizer=_tokenizer(config, source), moe=None, source=source, manifest={})
+
+
+def _upcycle(config: TrainConfig) -> Start:
+    request = conversion_request(config)
+    conversion = prepare(request, execute=True)
+    hashes = hash_files(conversion.source.files)
+    materialiser = Materialiser(conversion.source.read, config.seed)
+    values = {
+        tensor.name: torch.cat(
+            [block.flatten() for block in materialiser.blocks(tensor, torch_dtype(tensor.dtype))]
+        ).reshape(tensor.shape)
+        for tensor in conversion.plan.tensors
+    }
+    transformers_config = _transformers_config(output_config(conversion))
+    model = _class_of(transformers_config).from_pretrained(
+        None, config=transformers_config, state_dict=values, dtype=torch.float32
+    )
+    return _of_conversion(config, conversion, model, json.loads(manifest_json(conversion, request, hashes.result())))
+
+
+def _scratch(config: TrainConfig) -> Start:
+    if config.architecture is not None:
+        return _from_architecture(config, config.architecture)
+    conversion = prepare(conversion_request(config), execute=False)
+    transformers_config = _transformers_config(output_config(conversion))
+    return _of_conversion(config, conversion, _random(transformers_config), {})
+
+
+def _from_architecture(config: TrainConfig, architecture: dict[str, Any]) -> Start:
+    source = open_source(config.source, need_weights=False) if config.source else None
+    tokenizer = _tokenizer(config, source)
+    model_type = architecture.get("model_type")
+    if model_type not in FAMILIES:
+        raise ConfigError(
+            "unknown architecture",
+            found=f"model_type={model_type}",
+            expected=", ".join(sorted(FAMILIES)),
+            remedy=did_you_mean(str(model_type), FAMILIES),
+        )
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    fields = {"vocab_size": len(tokenizer), **special, **architecture}
+    try:
+        model = _random(_transformers_config(fields))
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise ConfigError("architecture is not valid", found=" ".join(str(error).split())) from error
+    return Start(model=model, tokenizer=tokenizer, moe=None, source=None, manifest={})
+
+
+def _checkpoint(config: TrainConfig) -> Start:
+    directory = expanded(str(config.source))
+    if read_config(directory).get("model_type") not in TARGETS:
+        return _dense(config)
+    from transformers import AutoModelForCausalLM
+
+    moe = describe_moe(directory)
+    manifest = read_manifest(directory) or {}
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    origin = manifest.get("source", {}).get("given")
+    source = open_source(origin) if origin and Path(origin).expanduser().exists() else None
+    return Start(model=model, tokenizer=_tokenizer(config, directory), moe=moe, source=source, manifest=manifest)
+
+
+def conversion_request(config: TrainConfig) -> ConvertConfig:
+    """The `upcycle convert` that model=upcycle and model=scratch stand for."""
+    return ConvertConfig(
+        source=str(config.source),
+        output="",
+        target=config.target,
+        dtype="float32",
+        seed=config.seed,
+        max_shard_size="5GB",
+        calibration_tokens=config.calibration_tokens,
+        moe=config.moe,
+        init=config.init,
+        overwrite=False,
+        resume=False,
+    )
+
+
+def dense_shards(source: DenseSource, moe: MoeDescription, request: ConvertConfig) -> Conversion:
+    """The conversion to one group of unscaled experts: expert g is shard g of the dense FFN."""
+    granularity = moe.granularity
+    one_group = replace(
+        request.moe, expansion=1, granularity=granularity, top_k=granularity, shared_experts=0, layers=list(moe.layers)
+    )
+    init = replace(request.init, name="virtual_group", scaling="none")
+    return prepare(replace(request, source=source.given, target="upcycled_moe", moe=one_group, init=init), execute=True)
+
+
+def _of_conversion(
+    config: TrainConfig, conversion: Conversion, model: PreTrainedModel, manifest: dict[str, Any]
+) -> Start:
+    granularity = {"moe": {"granularity": conversion.plan.moe.granularity}}
+    return Start(
+        model=model,
+        tokenizer=_tokenizer(config, conversion.source),
+        moe=describe_config(TARGETS[conversion.plan.target], model.config, granularity),
+        source=conversion.source,
+        manifest=manifest,
+    )
+
+
+def _transformers_config(fields: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**fields)
+
+
+def _class_of(transformers_config: Any) -> Any:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(transformers_config)]
+
+
+def _random(transformers_config: Any) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(transformers_config, dtype=torch.float32)
+    return model
+
+
+def _tokenizer(config: TrainConfig, source: DenseSource | Path | None) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    if config.tokenizer == BYTES:
+        return byte_tokenizer()
+    if config.tokenizer is None and not isinstance(source, Path):
+        assert source is not None
+        return load_tokenizer(source)
+    place = config.tokenizer or source
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(
+            "there is no tokenizer that transformers can load", found=place, remedy="set tokenizer=DIR"
+        ) from error
+
+
+def _check_sizes(start: Start, sequence_length: int) -> None:
+    text = start.model.config.get_text_config()
+    if len(start.tokenizer) > text.vocab_size:
+        raise ConfigError(
+            "the tokenizer has more tokens than the model",
+            found=f"tokenizer {len(start.tokenizer)}, model {text.vocab_size}",
+            remedy="take the tokenizer that belongs to the model",
+        )
+    positions = getattr(text, "max_position_embeddings", None)
+    if not 1 <= sequence_length <= (positions or sequence_length):
+        raise ConfigError(
+            "sequence_length is out of range",
+            found=sequence_length,
+            expected=f"1 to {positions}, the model's positions",
+        )

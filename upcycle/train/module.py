@@ -1,0 +1,138 @@
+"""The Lightning module: one forward pass, its losses, and the optimizer.
+
+Shapes: B sequences, L tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from upcycle.init.rng import derived_seed
+from upcycle.train.finite import first_not_finite
+from upcycle.train.optim import adamw
+from upcycle.train.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+    from upcycle.moe_config import MoeDescription
+    from upcycle.routing.install import Routing
+    from upcycle.train.config import TrainConfig
+
+Batch = dict[str, Tensor]
+
+
+class TrainingModule(LightningModule):
+    """Trains a causal LM, dense or MoE.
+
+    Everything random in a step depends on (seed, step, micro-batch) alone, so that a resumed run repeats it.
+
+    Args:
+        model: the model.
+        moe: its shape; None for a dense model.
+        routing: its routers; None for a dense model.
+        teacher: the dense model to distil from; None without distillation.
+        config: the options.
+        steps: optimizer steps of the budget.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        moe: MoeDescription | None,
+        routing: Routing | None,
+        teacher: PreTrainedModel | None,
+        config: TrainConfig,
+        steps: int,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.forward_model: Callable[..., Any] = torch.compile(model) if config.compile else model
+        self.moe = moe
+        self.routing = routing
+        self.config = config
+        self.steps = steps
+        self.tokens_per_step = config.batch.sequences * config.sequence_length
+        self.grad_norm: Tensor | None = None
+        self._teacher = [teacher] if teacher else []  # in a list, so that it is no submodule and in no checkpoint
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, and the schedule as a factor on every group's learning rate."""
+        optimizer = adamw(self.model, self.moe, self.config.optim, peak=self.config.schedule.peak)
+        schedule = LambdaLR(optimizer, lambda step: self.learning_rate(step) / self.config.schedule.peak)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(self.config.schedule, step, steps=self.steps, tokens_per_step=self.tokens_per_step)
+
+    def on_fit_start(self) -> None:
+        for teacher in self._teacher:
+            teacher.to(self.device)
+
+    def on_train_batch_start(self, _batch: Batch, batch_idx: int) -> int | None:
+        """Leave the loop when a signal asked for it; otherwise seed the micro-batch."""
+        if self.trainer.should_stop:
+            return -1
+        torch.manual_seed(derived_seed(self.config.seed, f"train/{batch_idx}/{self.global_rank}"))
+        return None
+
+    def training_step(self, batch: Batch, _batch_idx: int) -> dict[str, Tensor]:
+        """Losses of one micro-batch; `loss` is the one that is minimised, the others are detached."""
+        logits_BLV = self._logits(batch)
+        cross_entropy = token_loss(logits_BLV, batch["labels"])
+        parts = {"cross_entropy": cross_entropy}
+        loss = cross_entropy
+        if self._teacher:
+            parts["distill_loss"] = self._distillation(logits_BLV, batch)
+            weight = self.config.distill.weight
+            loss = (1 - weight) * loss + weight * self.config.distill.temperature**2 * parts["distill_loss"]
+        if self.routing:
+            parts |= self.routing.losses(self.global_step)
+            loss = loss + self.routing.balance_loss(self.global_step)
+        if not torch.isfinite(loss):
+            raise first_not_finite(self.model, model_inputs(batch), loss=float(loss), step=self.global_step + 1)
+        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Clip by global norm, and keep the norm for the record."""
+        limit = self.config.optim.clip
+        self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then let the routers balance."""
+        super().optimizer_step(*args, **kwargs)
+        if self.routing:
+            self.routing.end_step(self.global_step - 1)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        return self.forward_model(**model_inputs(batch), use_cache=False).logits  # type: ignore[no-any-return]
+
+    def _distillation(self, logits_BLV: Tensor, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            teacher_BLV = self._teacher[0](**model_inputs(batch), use_cache=False).logits
+        temperature = self.config.distill.temperature
+        student, teacher = (
+            (logits.flatten(0, 1).float() / temperature).log_softmax(-1) for logits in (logits_BLV, teacher_BLV)
+        )
+        return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+
+
+def model_inputs(batch: Batch) -> Batch:
+    """What the model is called with: everything but the labels."""
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def token_loss(logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
+    """Mean cross entropy in nats per token; labels are already shifted."""
+    return F.cross_entropy(logits_BLV.flatten(0, 1).float(), labels_BL.flatten())

@@ -1,0 +1,93 @@
+"""How far experts have moved from the dense model, and from each other.
+
+Shapes: N experts, G shards per FFN, E = N / G copies, D weights of one matrix of one expert.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upcycle.checkpoint import torch_dtype
+from upcycle.materialise import Materialiser
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from upcycle.moe_config import MoeDescription
+    from upcycle.prepare import Conversion
+
+Matrices = dict[str, Tensor]
+
+
+def expert_matrices(experts: nn.Module) -> Matrices:
+    """Views of a layer's routed experts by matrix (gate, up, down), each [N, D]."""
+    stacked = {name: value for name, value in experts.named_parameters() if value.dim() == 3}
+    return _split({name: value.detach() for name, value in stacked.items()})
+
+
+def shard_reader(conversion: Conversion, moe: MoeDescription) -> Callable[[int], Matrices]:
+    """Return a function from a layer to its dense shards by matrix, each [G, D], in float32.
+
+    Args:
+        conversion: to one group of unscaled experts in `upcycled_moe`.
+        moe: the model that is trained.
+    """
+    materialiser = Materialiser(conversion.source.read, 0)
+    tensors = conversion.target_tensors()
+    layer_path = conversion.source.model.family.layer
+
+    def read(layer: int) -> Matrices:
+        start = f"language_model.{layer_path.format(layer=layer)}mlp.experts."
+        stacked = {
+            name.removeprefix(start): torch.cat(
+                [block.flatten() for block in materialiser.blocks(tensor, torch_dtype(tensor.dtype))]
+            ).reshape(tensor.shape)
+            for name, tensor in tensors.items()
+            if name.startswith(start) and len(tensor.shape) == 3
+        }
+        return _split(stacked)
+
+    return cache(read)
+
+
+def dense_cosine(experts: Matrices, shards: Matrices) -> Tensor:
+    """Cosine of each expert to the shard it came from, the mean over its matrices, [N].
+
+    A factor on a whole matrix, which is how upcycling scales, leaves it at 1.
+    """
+    cosines = [
+        F.cosine_similarity(weight, shards[name].to(weight).repeat(len(weight) // len(shards[name]), 1), dim=1)
+        for name, weight in experts.items()
+    ]
+    return torch.stack(cosines).mean(0)
+
+
+def group_cosine(experts: Matrices, *, granularity: int) -> float | None:
+    """Cosine between experts that came from the same shard, the mean over pairs, shards and matrices; None if E = 1."""
+    means = []
+    for weight in experts.values():
+        copies = len(weight) // granularity
+        if copies < 2:
+            return None
+        unit_EGD = F.normalize(weight, dim=1).unflatten(0, (copies, granularity))
+        # The squared norm of a sum of unit vectors counts every ordered pair, and each vector with itself.
+        pairs_G = unit_EGD.sum(0).square().sum(-1) - copies
+        means.append(pairs_G.mean() / (copies * (copies - 1)))
+    return float(torch.stack(means).mean())
+
+
+def _split(stacked: Matrices) -> Matrices:
+    split = {}
+    for name, value in stacked.items():
+        if name == "gate_up_proj":
+            split["gate"], split["up"] = (half.flatten(1) for half in value.chunk(2, dim=1))
+        else:
+            split[name.removesuffix("_proj")] = value.flatten(1)
+    return split

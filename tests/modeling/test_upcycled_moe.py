@@ -220,7 +220,7 @@ def test_registering_twice_is_harmless():
 
 
 def test_remote_code_imports_only_torch_transformers_and_the_standard_library():
-    allowed = {"torch", "transformers", "configuration_upcycled_moe"} | sys.stdlib_module_names
+    allowed = {"torch", "transformers"} | {file.stem for file in REMOTE_CODE_FILES} | sys.stdlib_module_names
     for file in REMOTE_CODE_FILES:
         lines = [line.split()[1] for line in file.read_text().splitlines() if line.startswith(("import ", "from "))]
         assert {name.lstrip(".").split(".")[0] for name in lines} <= allowed
@@ -408,6 +408,7 @@ def test_config_survives_a_round_trip(family, tmp_path):
     [
         ({"router_order": "softmax"}, "router_order must be one of"),
         ({"num_experts_per_tok": 3}, "between 1 and num_experts = 2, found 3"),
+        ({"select_groups": True, "granularity": 2}, "divisible by granularity = 2, found 2 and 1"),
     ],
 )
 def test_impossible_routing_is_refused(changes, message):

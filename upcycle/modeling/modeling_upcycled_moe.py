@@ -145,7 +145,7 @@ class UpcycledMoeForCausalLM(PreTrainedModel, GenerationMixin):
     config: UpcycledMoeConfig
     _auto_class = "AutoModelForCausalLM"
     supports_gradient_checkpointing = True
-    _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
+    _keep_in_fp32_modules_strict = {"e_score_correction_bias"}
     # What the dense model cannot do, it refuses itself.
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -64,7 +64,8 @@ class Routing:
     def balance_loss(self, step: int) -> Tensor:
         """Return what to add to the model's loss at `step`: the losses times their coefficients, 0 if there is none."""
         losses = self.losses(step)
-        weighted = [self._coefficient(name, step) * loss for name, loss in losses.items() if loss.requires_grad]
+        coefficients = {name: self._coefficient(name, step) for name in losses}
+        weighted = [coefficients[name] * loss for name, loss in losses.items() if coefficients[name]]
         return torch.stack(weighted).sum() if weighted else torch.zeros_like(losses["aux_loss"])
 
     @torch.no_grad()
@@ -133,7 +134,7 @@ def install_routers(
 
 
 def _replacement(native: nn.Module, moe: MoeDescription, router: RouterConfig, balance: BalanceConfig) -> Router:
-    stored = native.selection if moe.target.generic else native_selection(moe)
+    stored: Any = native.selection if moe.target.generic else native_selection(moe)
     bias_N = getattr(native, "e_score_correction_bias", None)
     if bias_N is not None and router.expert_choice:
         raise ConfigError(

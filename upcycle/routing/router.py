@@ -138,7 +138,7 @@ class Router(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         bias_N = self.e_score_correction_bias
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if bias_N is not None:
             # bfloat16 would lose the small steps of the bias.
             self.e_score_correction_bias = bias_N.to(self.weight.device)

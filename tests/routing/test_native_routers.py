@@ -1,0 +1,116 @@
+"""Our router in place of every type's own one: the same bits in float32, the same parameters, the same checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conversions import load, options, read_tensors, run
+from models import HIDDEN, token_ids
+
+from upcycle.model_config import load_config
+from upcycle.moe_config import describe_moe
+from upcycle.routing.config import BalanceConfig, RouterConfig
+from upcycle.routing.install import install_routers
+
+# Model of the table, MoE type, order of softmax and top-k; every type in every order that it has.
+TYPES = [
+    ("mistral", "mixtral", "topk_softmax"),
+    ("llama", "qwen2_moe", "softmax_topk"),
+    ("llama", "qwen2_moe", "topk_softmax"),
+    ("qwen3", "qwen3_moe", "softmax_topk"),
+    ("qwen3", "qwen3_moe", "topk_softmax"),
+    ("olmo2", "flex_olmo", "softmax_topk"),
+    ("olmo2", "flex_olmo", "topk_softmax"),
+    ("qwen3_one_head", "olmoe", "softmax_topk"),
+    ("qwen3_one_head", "olmoe", "topk_softmax"),
+    ("llama_attention_bias", "granitemoeshared", "topk_softmax"),
+    ("gpt2", "upcycled_moe", "softmax_topk"),
+    ("gpt2", "upcycled_moe", "topk_softmax"),
+]
+DEFAULTS = (RouterConfig(), BalanceConfig())
+
+
+def x_TH() -> torch.Tensor:
+    return torch.randn(50, HIDDEN, generator=torch.Generator().manual_seed(3))
+
+
+def same(ours: tuple[torch.Tensor, ...], theirs: tuple[torch.Tensor, ...]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.fixture(scope="module", params=TYPES, ids="-".join)
+def converted(request, dense, tmp_path_factory):
+    """A converted E4G2T2, and its routers large enough to be far from uniform."""
+    name, target, order = request.param
+    output = tmp_path_factory.mktemp("converted") / "moe"
+    return run(options(dense(name), output, target=target, router_order=order, router_std=0.3)).directory
+
+
+def test_router_is_the_native_one_bit_for_bit(converted):
+    model, moe = load(converted), describe_moe(converted)
+    with torch.no_grad():
+        native = {layer: model.get_submodule(moe.router_path(layer))(x_TH()) for layer in moe.layers}
+        logits, before = model(token_ids()).logits, dict(model.named_parameters())
+        routing = install_routers(model, moe, *DEFAULTS)
+        assert list(routing.routers) == list(moe.layers)
+        for layer, router in routing.routers.items():
+            assert model.get_submodule(moe.router_path(layer)) is router
+            for ours in (router(x_TH()), router.train()(x_TH()), router.eval()(x_TH().view(5, 10, HIDDEN))):
+                assert same(ours, native[layer])
+            groups = ours[2].sort(dim=-1).values
+            assert torch.equal(groups[:, 1], groups[:, 0] + 1)
+            assert not (groups[:, 0] % 2).any()
+            router.selection = replace(router.selection, renormalise=not router.selection.renormalise)
+            if router.selection.order == "softmax_topk":
+                assert not same(router(x_TH())[1:2], native[layer][1:2]), "the mutant passed"
+            router.selection = replace(router.selection, renormalise=not router.selection.renormalise)
+        assert torch.equal(model(token_ids()).logits, logits)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[name] is before[name] for name in before)
+
+
+def test_what_is_saved_is_the_same_checkpoint(converted, tmp_path):
+    model = load(converted)
+    install_routers(model, describe_moe(converted), *DEFAULTS)
+    model.save_pretrained(tmp_path)
+    before, after = read_tensors(converted), read_tensors(tmp_path)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    load(tmp_path)
+
+
+def test_float32_whatever_the_dtype(converted):
+    model, moe = load(converted, dtype=torch.bfloat16), describe_moe(converted)
+    routing = install_routers(model, moe, *DEFAULTS)
+    router, x = routing.routers[moe.layers[0]], x_TH().bfloat16()
+    logits, weights, _ = router(x)
+    assert (logits.dtype, weights.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(logits, x.float() @ router.weight.float().T, rtol=1e-6, atol=1e-6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same(router(x), router(x))
+        assert torch.equal(router(x)[0], logits)
+
+
+@pytest.mark.parametrize("order", ["softmax_topk", "topk_softmax"])
+def test_another_order_is_what_the_type_itself_does_in_that_order(order, dense, tmp_path):
+    for target, flag in {"qwen2_moe": "norm_topk_prob", "upcycled_moe": "router_order"}.items():
+        directory = run(options(dense("llama"), tmp_path / target, target=target, router_std=0.3)).directory
+        config = load_config(directory)
+        setattr(config, flag, order if target == "upcycled_moe" else order == "topk_softmax")
+        with torch.no_grad():
+            expected = load(directory, config=config)(token_ids()).logits
+            model = load(directory)
+            install_routers(model, describe_moe(directory), RouterConfig(order=order), BalanceConfig())
+            assert torch.equal(model(token_ids()).logits, expected)
+
+
+def test_transformers_own_balancing_loss_is_off(dense, tmp_path):
+    directory = run(options(dense("llama"), tmp_path / "moe", target="qwen2_moe")).directory
+    model = load(directory, output_router_logits=True)
+    routing = install_routers(model, describe_moe(directory), RouterConfig(), BalanceConfig(aux_loss=0.1))
+    output = model.train()(token_ids(), labels=token_ids())
+    assert output.router_logits is None
+    assert routing.balance_loss(0) > 0

@@ -82,7 +82,7 @@ def build_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, sequ
     """
     if sequence_length < 1:
         raise ConfigError("sequence_length is not positive", found=sequence_length, expected="at least 1")
-    if config.held_out < 0 or (config.held_out > 1 and config.held_out != int(config.held_out)):
+    if not (0 <= config.held_out < 1 or float(config.held_out).is_integer()) or config.held_out < 0:
         raise ConfigError(
             "data.held_out is not valid", found=config.held_out, expected="a number of documents, or a fraction below 1"
         )

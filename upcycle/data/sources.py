@@ -135,6 +135,10 @@ def _text_of(row: Any, field: str, where: str) -> str:
         raise SourceError(
             f"the field {field} is not text", found=f"{where}: {type(text).__name__}", expected="a string"
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can escape half a character
+        raise SourceError("a document cannot be written as UTF-8", found=f"{where}: {error}") from error
     return text
 
 

@@ -1,0 +1,95 @@
+"""Chooses a kernel for a model, says why, and makes the model use it. Alone touches transformers' registry."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from upcycle.errors import ConfigError, near_misses
+from upcycle.kernels import fused, grouped_mm, loop, megablocks, reference
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from upcycle.kernels.experts import Kernel
+
+KERNELS: dict[str, Kernel] = {
+    module.KERNEL.name: module.KERNEL for module in (reference, loop, fused, grouped_mm, megablocks)
+}
+NAMES: tuple[str, ...] = ("auto", *KERNELS)
+PREFIX = "upcycle_"  # transformers' registry is shared, and already has a `grouped_mm`
+
+_log = logging.getLogger("upcycle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A kernel and the reason for it.
+
+    Attributes:
+        name: one of NAMES, never `auto`.
+        why: one sentence.
+    """
+
+    name: str
+    why: str
+
+
+def install_kernel(model: PreTrainedModel, name: str, *, device: torch.device, dtype: torch.dtype) -> Choice:
+    """Make every experts module of a model use a kernel, and log which.
+
+    Args:
+        model: a MoE model of transformers, or an `upcycled_moe`.
+        name: one of NAMES; `auto` is decided by the device.
+        device: where the model will run.
+        dtype: what it will compute in.
+
+    Raises:
+        ConfigError: an unknown name, a model without experts, or a kernel that cannot serve one of them.
+    """
+    if name not in NAMES:
+        raise ConfigError("unknown kernel", found=name, expected=near_misses(name, NAMES))
+    layers = experts_modules(model)
+    if not layers:
+        raise ConfigError(
+            "the model has no experts that a kernel could compute",
+            found=type(model).__name__,
+            expected="a mixture of experts of transformers, or upcycled_moe",
+        )
+    choice = _automatic(layers, device, dtype) if name == "auto" else Choice(name=name, why="asked for")
+    if error := _objection(KERNELS[choice.name], layers, device, dtype):
+        raise error
+    ALL_EXPERTS_FUNCTIONS.register(PREFIX + choice.name, KERNELS[choice.name].forward)
+    model.set_experts_implementation(PREFIX + choice.name)
+    # transformers only sets it on models in whose source it finds its decorator.
+    for experts in layers:
+        if experts.config._experts_implementation != PREFIX + choice.name:
+            raise ConfigError("transformers does not let this model choose a kernel", found=type(model).__name__)
+    _log.info("kernel %s: %s", choice.name, choice.why)
+    return choice
+
+
+def experts_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that transformers' `use_experts_implementation` made."""
+    return [module for module in model.modules() if hasattr(module, "_is_expert_parallel")]
+
+
+def _automatic(layers: list[nn.Module], device: torch.device, dtype: torch.dtype) -> Choice:
+    if device.type == "cpu":
+        return Choice(name="fused", why="the fastest on a CPU")
+    error = _objection(grouped_mm.KERNEL, layers, device, dtype)
+    if error is None:
+        return Choice(name="grouped_mm", why=f"needs nothing installed on {device.type}")
+    return Choice(name="loop", why=f"works everywhere; {error.what}")
+
+
+def _objection(
+    kernel: Kernel, layers: list[nn.Module], device: torch.device, dtype: torch.dtype
+) -> ConfigError | None:
+    errors = (kernel.objection(experts, device, dtype) for experts in layers)
+    return next((error for error in errors if error), None)

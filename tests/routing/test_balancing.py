@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from routers import EXPERTS, HIDDEN, router, routing, tokens
+from routers import EXPERTS, router, routing, tokens
 from torch.utils.checkpoint import checkpoint
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -18,7 +18,7 @@ TOP_K = 2
 
 def slow_aux(logits_TN, experts_TK):
     """N * sum_i f_i p_i, expert by expert."""
-    probability, loss = logits_TN.double().softmax(-1), 0.0
+    probability, loss = logits_TN.detach().double().softmax(-1), 0.0
     for e in range(EXPERTS):
         share = sum(row.count(e) for row in experts_TK.tolist()) / experts_TK.numel()
         loss += EXPERTS * share * float(probability[:, e].mean())
@@ -28,7 +28,7 @@ def slow_aux(logits_TN, experts_TK):
 def test_aux_loss_equals_a_slow_loop_and_transformers_over_k():
     made = router()
     logits, _, experts = made(tokens())
-    loss = routing(made, aux_loss=1.0).losses(0)["aux_loss"]
+    loss = routing(made, aux_loss=1.0).losses(0)["aux_loss"].detach()
     assert float(loss) == pytest.approx(slow_aux(logits, experts), rel=1e-6)
     torch.testing.assert_close(TOP_K * loss, load_balancing_loss_func((logits,), EXPERTS, TOP_K), **CLOSE)
     assert not torch.allclose(loss, load_balancing_loss_func((logits,), EXPERTS, TOP_K), **CLOSE)
@@ -50,14 +50,14 @@ def test_aux_loss_is_one_for_uniform_routing_whatever_k():
         made = router(top_k=top_k)
         made.weight.data.zero_()
         made(tokens())
-        assert float(routing(made).losses(0)["aux_loss"]) == pytest.approx(1.0)
+        assert routing(made).losses(0)["aux_loss"].item() == pytest.approx(1.0)
 
 
 def test_sigmoid_probabilities_are_shares():
     made = router(order="sigmoid_topk", renormalise=True)
     logits, _, experts = made(tokens())
     shares = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
-    assert float(routing(made).losses(0)["aux_loss"]) == pytest.approx(slow_aux(shares.log(), experts), rel=1e-6)
+    assert routing(made).losses(0)["aux_loss"].item() == pytest.approx(slow_aux(shares.log(), experts), rel=1e-6)
 
 
 def test_z_loss_and_weighted_total():
@@ -66,7 +66,7 @@ def test_z_loss_and_weighted_total():
     both = routing(a, b, aux_loss=0.5, z_loss=Schedule(start=0.0, end=0.1, steps=10))
     losses = both.losses(5)
     expected = sum(math.log(sum(map(math.exp, row))) ** 2 for layer in logits for row in layer.tolist()) / 80
-    assert float(losses["z_loss"]) == pytest.approx(expected, rel=1e-5)
+    assert losses["z_loss"].item() == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(both.balance_loss(5), 0.5 * losses["aux_loss"] + 0.05 * losses["z_loss"], **CLOSE)
     assert not both.losses(0)["z_loss"].requires_grad
     none = routing(a, b)
@@ -109,7 +109,9 @@ def test_global_batch_statistics_sum_over_the_micro_batches():
     expected = EXPERTS * (share * logits.softmax(-1).mean(0)).sum()
     torch.testing.assert_close(accumulated.balance_loss(0), expected, **CLOSE)
     assert not torch.allclose(routing(parts).losses(0)["aux_loss"], expected, **CLOSE), "the mutant passed"
-    (ours,), (theirs,) = (torch.autograd.grad(y, parts.weight) for y in (accumulated.balance_loss(0), expected))
+    (ours,), (theirs,) = (
+        torch.autograd.grad(y, parts.weight, retain_graph=True) for y in (accumulated.balance_loss(0), expected)
+    )
     torch.testing.assert_close(ours, theirs, **CLOSE)
 
     accumulated.end_step(0)
@@ -139,13 +141,13 @@ def test_bias_update_equals_a_slow_loop():
 def test_bias_evens_out_a_skewed_load(order):
     made = router(bias=torch.zeros(EXPERTS), order=order)
     x = tokens(400) + 0.7 * made.weight[:2].detach().sum(0)  # towards experts 0 and 1
-    balanced, violations = routing(made, bias_update=0.01), []
-    for step in range(200):
+    balanced, violations = routing(made, bias_update=Schedule(start=0.02, end=0.0, steps=400)), []
+    for step in range(400):
         load = made(x)[2].flatten().bincount(minlength=EXPERTS)
         violations.append(float(load.max() / load.float().mean() - 1))
         balanced.end_step(step)
     assert violations[0] > 1.0
-    assert violations[-1] < 0.15
+    assert violations[-1] < 0.1
 
 
 def test_only_training_forwards_count():
@@ -206,8 +208,7 @@ def test_deterministic_algorithms_are_enough():
             RouterConfig(expert_choice=True),
         ):
             made = router(options)
-            made(tokens())[1].sum().backward()
-            routing(made, aux_loss=1.0).balance_loss(0).backward()
+            (made(tokens())[1].square().sum() + routing(made, z_loss=1.0).balance_loss(0)).backward()
     finally:
         torch.use_deterministic_algorithms(False)
-    assert made.weight.grad.shape == (EXPERTS, HIDDEN)
+    assert made.weight.grad.any()

@@ -23,6 +23,7 @@ DEFAULTS = {
     "convert": "overwrite: false",
     "verify": "tolerance: 0.001",
     "inspect": "path: ???",
+    "evaluate": "sequence_length: null",
 }
 
 

@@ -24,6 +24,7 @@ from upcycle import config as options
 from upcycle.arguments import CONF, MULTIRUN, is_sweep, literal_paths, quoted, readable
 from upcycle.completion import complete
 from upcycle.errors import ConfigError, UpcycleError, did_you_mean
+from upcycle.evaluation import config as evaluation
 from upcycle.interruption import Interruption
 from upcycle.train import config as training
 
@@ -83,6 +84,12 @@ COMMANDS = {
         options=training.ExportConfig,
         function="upcycle.commands:export",
         paths=("run", "output"),
+    ),
+    "evaluate": Command(
+        summary="loss on held-out text by domain, and tasks of the lm-evaluation-harness",
+        options=evaluation.EvaluateConfig,
+        function="upcycle.commands:evaluate",
+        paths=("model", "output"),
     ),
     "inspect": Command(
         summary="what a checkpoint is",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback
 
     from upcycle.config import ConvertConfig, InspectConfig, PlanConfig, VerifyConfig
+    from upcycle.evaluation.config import EvaluateConfig
     from upcycle.prepare import Conversion
     from upcycle.train.config import ExportConfig, TrainConfig
     from upcycle.train.run import Run
@@ -113,6 +114,19 @@ def export(config: ExportConfig) -> int:
     from upcycle.train.export import export as run
 
     print(f"wrote {run(config)}")
+    return 0
+
+
+def evaluate(config: EvaluateConfig) -> int:
+    """`upcycle evaluate`: print what was measured, and write it to a file if one is given."""
+    from upcycle.evaluate import evaluate as run
+    from upcycle.evaluate import evaluation_table, write_evaluation
+
+    _check_format(config.format)
+    found = run(config)
+    if config.output:
+        write_evaluation(found, config.output)
+    _print(config.format, found, evaluation_table(found))
     return 0
 
 

@@ -1,0 +1,34 @@
+"""Options of `upcycle evaluate`; the defaults are in `conf/`. Knows no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from upcycle.config import STRICT
+from upcycle.data.config import DataConfig  # noqa: TC001 (pydantic reads the annotations)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """`upcycle evaluate`.
+
+    Attributes:
+        model: directory of any causal language model; or GGUF file or Hub id of a dense one.
+        data: the text, of which the held-out part is used.
+        sequence_length: tokens per window; null takes the model's positions, at most 1024.
+        tokens: held-out tokens to use of each domain, rounded down to whole windows; null takes all.
+        tasks: names of tasks of the lm-evaluation-harness.
+        output: JSON file to write the result to.
+        format: table or json.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
+
+    model: str
+    data: DataConfig
+    sequence_length: int | None
+    tokens: int | None
+    tasks: list[str]
+    output: str | None
+    format: str

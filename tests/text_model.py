@@ -1,8 +1,9 @@
-"""Plugin for tests that need text: a tiny Llama with a real byte-level tokenizer, and its conversion."""
+"""Plugin for tests that need text: some of it, a tiny Llama with a real byte-level tokenizer, and its conversion."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from pathlib import Path
 
 import conversions
 import models
@@ -14,10 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from upcycle.text import DEFAULT_TEXT
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 VOCAB = 300
+MODULES = ("abc", "bisect", "calendar", "cmd", "code", "copy", "csv", "glob", "heapq", "shlex", "stat", "types")
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +40,14 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text_moe(text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its conversion to E4G2T2 with qwen2_moe."""
     return conversions.run(conversions.options(text_model, tmp_path_factory.mktemp("moe") / "moe")).directory
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some modules of the standard library, as a directory of text."""
+    directory = tmp_path_factory.mktemp("data") / "text"
+    directory.mkdir()
+    library = Path(json.__file__).parent.parent
+    for name in MODULES:
+        (directory / f"{name}.txt").write_text((library / f"{name}.py").read_text())
+    return directory

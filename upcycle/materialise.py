@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from upcycle.checkpoint import torch_dtype
 from upcycle.errors import SourceError
 from upcycle.init.experts import add_noise, drop_neurons, normal, row_blocks
 from upcycle.init.rng import generator
@@ -33,6 +34,16 @@ class Materialiser:
         self._read = read
         self._seed = seed
         self._open: OrderedDict[str, Tensor] = OrderedDict()
+
+    def tensor(self, target: TargetTensor) -> Tensor:
+        """The whole tensor, in its own dtype.
+
+        Raises:
+            SourceError: as `blocks`.
+        """
+        dtype = torch_dtype(target.dtype)
+        pieces = [block.flatten() for block in self.blocks(target, dtype)]
+        return torch.cat([torch.empty(0, dtype=dtype), *pieces]).reshape(target.shape)
 
     def blocks(self, target: TargetTensor, dtype: torch.dtype) -> Iterator[Tensor]:
         """Yield the tensor's values in order, contiguous, in `dtype`, a few rows at a time.

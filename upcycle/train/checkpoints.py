@@ -65,7 +65,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise SourceError(
-            "there is no checkpoint", found=path, remedy="train on: upcycle train ... resume=auto"
+            "there is no such checkpoint", found=path, remedy="go on training with resume=auto"
         ) from error
     except Exception as error:  # torch.load raises what its parsers raise
         raise SourceError("the checkpoint is damaged", found=f"{path}: {error}", remedy="use the other one") from error

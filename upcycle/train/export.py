@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import TypeAdapter
+from torch import nn
 
 from upcycle.arch.targets import TARGETS
 from upcycle.checkpoint import Staging, torch_dtype
@@ -48,7 +49,8 @@ def export(config: ExportConfig) -> Path:
     trained = TypeAdapter(TrainConfig).validate_python(run["config"])
     dtype = torch_dtype(config.dtype)
     with quietly():
-        model = _model(directory / MODEL, trained, run["manifest"], content["state_dict"]).to(dtype)
+        model = _model(directory / MODEL, trained, run["manifest"], content["state_dict"])
+        nn.Module.to(model, dtype)
         fingerprint = hashlib.sha256(json.dumps([run["config"], content["global_step"]]).encode()).hexdigest()
         with Staging.open(output, fingerprint=fingerprint, overwrite=config.overwrite, resume=False) as staging:
             model.save_pretrained(staging.directory)

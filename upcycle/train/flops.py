@@ -28,10 +28,10 @@ def forward_flops(model: PreTrainedModel, moe: MoeDescription | None, *, sequenc
         moe: its shape; None for a dense model.
         sequence_length: tokens per sequence.
     """
-    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear | Conv1D))
+    linear: int = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear | Conv1D))
     text = model.config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    attention = 4 * sequence_length * text.num_attention_heads * head * text.num_hidden_layers
+    attention: int = 4 * sequence_length * text.num_attention_heads * head * text.num_hidden_layers
     return 2 * (linear + (_moe_weights(model, moe) if moe else 0)) + attention
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback
 
+from upcycle.routing.statistics import RoutingSums
 from upcycle.train.periodic import Periodic
 from upcycle.train.similarity import dense_cosine, expert_matrices, group_cosine
 
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from upcycle.moe_config import MoeDescription
-    from upcycle.routing.statistics import RoutingSums
     from upcycle.tracking.record import Record
     from upcycle.train.similarity import Matrices
 
@@ -66,11 +67,13 @@ class TrainingMetrics(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep what routers counted since the last row: the next row covers it too."""
         if self._routing:
-            checkpoint["routing"] = pl_module.routing.state_dict()
+            routers = pl_module.routing.routers
+            checkpoint["routing"] = {layer: asdict(router.sums) for layer, router in routers.items() if router.sums}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if self._routing:
-            pl_module.routing.load_state_dict(checkpoint["routing"])
+            for layer, sums in checkpoint["routing"].items():
+                pl_module.routing.routers[layer].sums = RoutingSums(**sums)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since = (self._clock(), trainer.global_step)

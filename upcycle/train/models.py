@@ -11,7 +11,7 @@ import torch
 
 from upcycle.arch.families import FAMILIES
 from upcycle.arch.targets import TARGETS
-from upcycle.checkpoint import hash_files, torch_dtype
+from upcycle.checkpoint import hash_files
 from upcycle.config import ConvertConfig
 from upcycle.convert import output_config
 from upcycle.data.bytes_tokenizer import byte_tokenizer
@@ -102,12 +102,7 @@ def _upcycle(config: TrainConfig) -> Start:
     conversion = prepare(request, execute=True)
     hashes = hash_files(conversion.source.files)
     materialiser = Materialiser(conversion.source.read, config.seed)
-    values = {
-        tensor.name: torch.cat(
-            [block.flatten() for block in materialiser.blocks(tensor, torch_dtype(tensor.dtype))]
-        ).reshape(tensor.shape)
-        for tensor in conversion.plan.tensors
-    }
+    values = {tensor.name: materialiser.tensor(tensor) for tensor in conversion.plan.tensors}
     transformers_config = _transformers_config(output_config(conversion))
     model = _class_of(transformers_config).from_pretrained(
         None, config=transformers_config, state_dict=values, dtype=torch.float32

@@ -76,7 +76,7 @@ class TrainingModule(LightningModule):
 
     def on_fit_start(self) -> None:
         for teacher in self._teacher:
-            teacher.to(self.device)
+            nn.Module.to(teacher, self.device)
 
     def on_train_batch_start(self, _batch: Batch, batch_idx: int) -> int | None:
         """Leave the loop when a signal asked for it; otherwise seed the micro-batch."""

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from upcycle.train.config import OptimConfig
 
 
+KINDS = ("matrices", "vectors", "routers", "experts", "expert_biases")
+
+
 def adamw(model: nn.Module, moe: MoeDescription | None, config: OptimConfig, *, peak: float) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101), fused, over the parameters that are trained.
 
@@ -33,9 +36,7 @@ def parameter_groups(
     model: nn.Module, moe: MoeDescription | None, config: OptimConfig, *, peak: float
 ) -> list[dict[str, Any]]:
     """One group for each kind of parameter, named, without the empty ones."""
-    groups: dict[str, list[nn.Parameter]] = {
-        name: [] for name in ("matrices", "vectors", "routers", "experts", "expert_biases")
-    }
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in KINDS}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.numel():
             groups[_kind(name, parameter, moe)].append(parameter)

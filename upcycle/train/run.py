@@ -178,7 +178,7 @@ def _module(config: TrainConfig, start: Start, routing: Routing | None, steps: i
 def _fit(run: Run, callbacks: Sequence[Callback]) -> str:
     config = run.config
     checkpoints = Checkpoints(run.last_checkpoint.parent, every=config.checkpoint_every)
-    run.record.forget_after(run.resumed)
+    run.record.forget_after(run.resumed or -1)  # without a checkpoint, all rows will come again
     measuring = _measuring(run, checkpoints)
     metrics = TrainingMetrics(
         run.record,

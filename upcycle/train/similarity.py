@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upcycle.checkpoint import torch_dtype
 from upcycle.materialise import Materialiser
 
 if TYPE_CHECKING:
@@ -46,9 +45,7 @@ def shard_reader(conversion: Conversion, moe: MoeDescription) -> Callable[[int],
     def read(layer: int) -> Matrices:
         start = f"language_model.{layer_path.format(layer=layer)}mlp.experts."
         stacked = {
-            name.removeprefix(start): torch.cat(
-                [block.flatten() for block in materialiser.blocks(tensor, torch_dtype(tensor.dtype))]
-            ).reshape(tensor.shape)
+            name.removeprefix(start): materialiser.tensor(tensor)
             for name, tensor in tensors.items()
             if name.startswith(start) and len(tensor.shape) == 3
         }

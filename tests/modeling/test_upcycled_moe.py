@@ -219,6 +219,11 @@ def test_registering_twice_is_harmless():
     assert AutoModelForCausalLM._model_mapping[UpcycledMoeConfig] is UpcycledMoeForCausalLM
 
 
+def test_a_model_of_transformers_may_be_imported_after_upcycle():
+    code = "import upcycle, transformers.models.qwen2_moe.modeling_qwen2_moe"
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
 def test_remote_code_imports_only_torch_transformers_and_the_standard_library():
     allowed = {"torch", "transformers"} | {file.stem for file in REMOTE_CODE_FILES} | sys.stdlib_module_names
     for file in REMOTE_CODE_FILES:

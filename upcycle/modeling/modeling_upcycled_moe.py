@@ -19,7 +19,6 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.integrations.moe import use_experts_implementation
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils.generic import can_return_tuple, maybe_autocast
 
 from .configuration_upcycled_moe import UpcycledMoeConfig
@@ -267,6 +266,9 @@ class UpcycledMoeForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def _load_balancing_loss(self, logits: list[torch.Tensor], attention_mask: torch.Tensor | None) -> torch.Tensor:
+        # At the top it would be a circular import where a model of transformers' is imported before its Auto classes.
+        from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
         mask = None
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             # With a cache the mask also covers tokens that were routed in earlier calls.

@@ -58,8 +58,9 @@ def test_everything_survives_in_upcycled_moe(converted, tmp_path):
     gate.e_score_correction_bias.zero_()
     assert not torch.allclose(logits(loaded), logits(model)), "the mutant passed"
 
-    half = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-    assert torch.equal(half.moe_blocks[0].gate.e_score_correction_bias, bias)
+    for half in (AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16), load(directory).bfloat16()):
+        assert half.moe_blocks[0].gate.weight.dtype == torch.bfloat16
+        assert torch.equal(half.moe_blocks[0].gate.e_score_correction_bias, bias)
 
     again = load(directory)
     install_routers(again, describe_moe(directory), RouterConfig(), BalanceConfig())

@@ -22,13 +22,11 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple, maybe_autocast
 
 from .configuration_upcycled_moe import UpcycledMoeConfig
-from .selection_upcycled_moe import ExpertSelection, select_experts
+from .selection_upcycled_moe import BiasedRouter, ExpertSelection, select_experts
 
 
-class UpcycledMoeRouter(nn.Module):
+class UpcycledMoeRouter(BiasedRouter):
     """Scores every expert in float32, whatever the model's dtype, and keeps the best K."""
-
-    e_score_correction_bias: torch.Tensor | None
 
     def __init__(self, config: UpcycledMoeConfig) -> None:
         super().__init__()

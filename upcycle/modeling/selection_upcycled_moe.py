@@ -1,13 +1,16 @@
-"""From router logits to experts and their weights.
+"""From router logits to experts and their weights, and what routers have in common.
 
 This file travels inside converted checkpoints: it may import only torch and the standard library.
 
 Shapes: T tokens, N experts, K experts per token, G experts per virtual group.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
+from torch import nn
 
 ROUTER_ORDERS = ("softmax_topk", "topk_softmax", "sigmoid_topk")
 # DeepSeek-V3's guard against a sum of 0. Added to a sum of at least 1/N it changes no bit in float32.
@@ -62,3 +65,18 @@ def select_experts(
     if selection.renormalise:
         weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + TINY)
     return weights_TK * selection.scaling_factor, index_TK
+
+
+class BiasedRouter(nn.Module):
+    """A router whose bias for choosing experts, float32 [N] or None, keeps its dtype when the model changes its own."""
+
+    e_score_correction_bias: torch.Tensor | None
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        kept_N = self.e_score_correction_bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved_N = self.e_score_correction_bias
+        if kept_N is not None and moved_N is not None and moved_N.dtype != kept_N.dtype:
+            # bfloat16 would lose the bias's small steps.
+            self.e_score_correction_bias = kept_N.to(moved_N.device)
+        return self

@@ -12,14 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
-from upcycle.modeling.selection_upcycled_moe import expert_scores, select_experts
+from upcycle.modeling.selection_upcycled_moe import BiasedRouter, expert_scores, select_experts
 from upcycle.routing.balance import router_probability, z_loss
 from upcycle.routing.choice import capacity, choose_tokens, expert_counts, within_capacity
 from upcycle.routing.statistics import RoutingSums, measure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from upcycle.modeling.selection_upcycled_moe import ExpertSelection
     from upcycle.routing.config import RouterConfig
 
@@ -38,7 +36,7 @@ class Forward(NamedTuple):
     load_N: Tensor
 
 
-class Router(nn.Module):
+class Router(BiasedRouter):
     """Routes tokens for one MoE block, in place of its native router.
 
     Attributes:
@@ -51,8 +49,6 @@ class Router(nn.Module):
 
     What is counted is no buffer, because DistributedDataParallel overwrites buffers with those of rank 0.
     """
-
-    e_score_correction_bias: Tensor | None
 
     def __init__(
         self,
@@ -105,9 +101,8 @@ class Router(nn.Module):
 
     def _choose(self, logits_TN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.options.expert_choice:
-            return choose_tokens(
-                logits_TN, self.selection, self._capacity(logits_TN, self.options.capacity_factor or 1.0)
-            )
+            limit = self._capacity(logits_TN, self.options.capacity_factor or 1.0)
+            return choose_tokens(logits_TN, self.selection, limit)
         weights_TK, index_TK = select_experts(logits_TN, self.selection, self.e_score_correction_bias)
         return weights_TK, index_TK, torch.ones_like(index_TK, dtype=torch.bool)
 
@@ -135,11 +130,3 @@ class Router(nn.Module):
             self.forwarded = Forward(probability_N, z, load_N)
             self.step_load_N = load_N if self.step_load_N is None else self.step_load_N + load_N
             self.sums = sums if self.sums is None else self.sums + sums
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        bias_N = self.e_score_correction_bias
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if bias_N is not None:
-            # bfloat16 would lose the small steps of the bias.
-            self.e_score_correction_bias = bias_N.to(self.weight.device)
-        return self

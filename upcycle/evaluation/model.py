@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from upcycle.errors import ConfigError, SourceError
 from upcycle.load import load_dense, load_tokenizer, quietly
@@ -40,7 +41,8 @@ def load_model(given: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             found=f"tokenizer {len(tokenizer)}, model {vocabulary}",
             remedy="take the tokenizer that belongs to the model",
         )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+    return model, tokenizer
 
 
 def window_length(model: PreTrainedModel, asked: int | None, *, default: int) -> int:
@@ -67,7 +69,7 @@ def _load(directory: Path) -> PreTrainedModel:
     try:
         with quietly():
             # transformers' loop over experts takes experts of every width.
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=torch.float32, experts_implementation="eager", output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -76,7 +78,8 @@ def _load(directory: Path) -> PreTrainedModel:
             found=f"{directory}: {' '.join(str(error).split()):.300}",
             expected="a causal language model that transformers loads",
         ) from error
-    missing = sorted(info["missing_keys"])
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise SourceError(
@@ -84,8 +87,8 @@ def _load(directory: Path) -> PreTrainedModel:
             found=f"{directory} without {', '.join(missing[:5])}{more}",
             remedy="take the complete checkpoint",
         )
-    loaded: PreTrainedModel = model.eval()
-    return loaded
+    model.eval()
+    return model
 
 
 def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from upcycle.errors import ConfigError
 from upcycle.kernels.triton_ops import triton_ops
@@ -84,14 +85,13 @@ def topology(blocks: Blocks, experts: int, width: int) -> Any:
     row_b = torch.arange(rows, device=device).repeat_interleave(columns)
     by_column_b = column_b.argsort(stable=True)
     ends = torch.bincount(column_b, minlength=experts * columns).cumsum(0)
-    index = {"dtype": torch.int32, "device": device}
     return triton_ops().stk.Matrix(
         (rows * BLOCK, experts * width),
         torch.empty(rows * columns, BLOCK, BLOCK, device="meta"),
         row_b.int(),
         column_b.int(),
-        torch.arange(0, rows * columns + 1, columns, **index),
+        torch.arange(0, rows * columns + 1, columns, device=device).int(),
         row_b[by_column_b].int(),
-        torch.cat([torch.zeros(1, **index), ends.int()]),
+        F.pad(ends, (1, 0)).int(),
         by_column_b.int(),
     )

@@ -68,15 +68,13 @@ def group_experts(index_SK: Tensor, experts: int) -> list[Group]:
 def fused(experts: nn.Module, x_SH: Tensor, index_SK: Tensor, weights_SK: Tensor) -> Tensor:
     """The weighted sum [S, H] of each token's experts; arguments as for `reference`. Differentiable once."""
     w = stacked(experts)
-    if torch.is_autocast_enabled(x_SH.device.type):
-        dtype = torch.get_autocast_dtype(x_SH.device.type)
-    else:
-        dtype = x_SH.dtype
-    up, down, up_bias, down_bias = (
-        None if t is None else t.to(dtype) for t in (w.up_NRH, w.down_NHI, w.up_bias_NR, w.down_bias_NH)
-    )
+    device = x_SH.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_SH.dtype
+    tensors = (w.up_NRH, w.down_NHI, w.up_bias_NR, w.down_bias_NH)
+    cast = (None if tensor is None else tensor.to(dtype) for tensor in tensors)
     groups = group_experts(index_SK, w.up_NRH.shape[0])
-    y_SH: Tensor = _Fused.apply(x_SH.to(dtype), weights_SK, up, down, up_bias, down_bias, groups, activation_of(experts))
+    arguments = (x_SH.to(dtype), weights_SK, *cast, groups, activation_of(experts))
+    y_SH: Tensor = _Fused.apply(*arguments)  # type: ignore[no-untyped-call]
     return y_SH.to(x_SH.dtype)
 
 
@@ -121,9 +119,8 @@ class _Fused(torch.autograd.Function):
         weight_P = _with_padding(weights_SK)
         dweight_P = torch.zeros_like(weight_P)
         dx_SH = torch.zeros_like(x_SH, dtype=_sum_dtype(x_SH))
-        dup, ddown, dup_bias, ddown_bias = (
-            None if w is None else zeros_like(w) for w in (up_NRH, down_NHI, up_bias_NR, down_bias_NH)
-        )
+        dup, ddown = zeros_like(up_NRH), zeros_like(down_NHI)
+        dup_bias, ddown_bias = (None if b is None else zeros_like(b) for b in (up_bias_NR, down_bias_NH))
         for group, z_bmR in zip(ctx.groups, saved, strict=True):
             e = group.experts
             x_bmH, dy_bmH = _gather(x_SH, group.token_bm), _gather(dy_SH, group.token_bm)
@@ -133,7 +130,7 @@ class _Fused(torch.autograd.Function):
             dweight_bm = (dhw_bmI * h_bmI).sum(-1, dtype=dx_SH.dtype)
             torch.bmm(dy_bmH.mT, (h_bmI * weight_bm1).to(x_SH.dtype), out=ddown[e])
             torch.bmm(dz_bmR.mT, x_bmH, out=dup[e])
-            if dup_bias is not None:
+            if dup_bias is not None and ddown_bias is not None:
                 dup_bias[e] = dz_bmR.sum(1)
                 ddown_bias[e] = (dy_bmH * weight_bm1).sum(1).to(x_SH.dtype)
                 dweight_bm += (dy_bmH * down_bias_NH[e, None]).sum(-1, dtype=dx_SH.dtype)

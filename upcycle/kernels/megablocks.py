@@ -3,8 +3,8 @@
 Every expert's tokens are padded to whole blocks. The first projection of all experts is then one product of which only
 each token block against its own expert is computed, and the second is that block-sparse matrix times a dense one.
 
-Shapes: S tokens, K experts per token, P = S * K pairs, M pairs with padding, H hidden, N experts, I expert width, R rows
-of the first projection; H, I and R are padded to whole blocks here, never in the checkpoint.
+Shapes: S tokens, K experts per token, P = S * K pairs, M pairs with padding, H hidden, N experts, I expert width, R
+rows of the first projection. H, I and R are padded to whole blocks here, never in the checkpoint.
 """
 
 from __future__ import annotations
@@ -38,21 +38,22 @@ def megablocks(experts: nn.Module, x_SH: Tensor, index_SK: Tensor, weights_SK: T
     if not x_SH.shape[0]:
         return x_SH.clone()
     stk = triton_ops().stk
-    w = _padded(stacked(experts), gated=experts.has_gate)
-    hidden, (N, H, I) = x_SH.shape[1], w.down_NHI.shape
-    blocks = padded_blocks(index_SK, N)
-    x_MH = _Gather.apply(_pad_to_block(x_SH, -1), blocks)
-    up_topology = topology(blocks, N, w.up_NRH.shape[1])
+    w = _padded(stacked(experts), gated=bool(experts.has_gate))
+    n_experts, H, width = w.down_NHI.shape
+    blocks = padded_blocks(index_SK, n_experts)
+    x_MH = _Gather.apply(_pad_to_block(x_SH, -1), blocks)  # type: ignore[no-untyped-call]
+    up_topology = topology(blocks, n_experts, w.up_NRH.shape[1])
     z = stk.ops.sdd(x_MH, w.up_NRH.view(-1, H).t(), up_topology).data
     if w.up_bias_NR is not None:
         z = z + w.up_bias_NR.view(-1, 1, BLOCK)[up_topology.column_indices.long()]
     # The blocks of one block row lie one after the other, those of the gate first.
     h = activate(experts, z.view(len(blocks.expert_B), -1)).view(-1, BLOCK, BLOCK)
-    y_MH = stk.ops.dsd(_with_data(topology(blocks, N, I), h), w.down_NHI.transpose(1, 2).reshape(N * I, H))
+    h_sparse = _with_data(topology(blocks, n_experts, width), h)
+    y_MH = stk.ops.dsd(h_sparse, w.down_NHI.transpose(1, 2).reshape(-1, H))
     if w.down_bias_NH is not None:
         y_MH = y_MH + w.down_bias_NH[blocks.expert_B.repeat_interleave(BLOCK)]
-    y_SH: Tensor = _Scatter.apply(y_MH, weights_SK, blocks)
-    return y_SH[:, :hidden]
+    y_SH: Tensor = _Scatter.apply(y_MH, weights_SK, blocks)  # type: ignore[no-untyped-call]
+    return y_SH[:, : x_SH.shape[1]]
 
 
 def _pad_to_block(tensor: Tensor, dim: int) -> Tensor:

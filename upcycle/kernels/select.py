@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -74,12 +74,12 @@ def install_kernel(model: PreTrainedModel, name: str, *, device: torch.device, d
     return choice
 
 
-def experts_modules(model: nn.Module) -> list[nn.Module]:
+def experts_modules(model: nn.Module) -> list[Any]:
     """The modules that transformers' `use_experts_implementation` made."""
     return [module for module in model.modules() if hasattr(module, "_is_expert_parallel")]
 
 
-def _automatic(layers: list[nn.Module], device: torch.device, dtype: torch.dtype) -> Choice:
+def _automatic(layers: list[Any], device: torch.device, dtype: torch.dtype) -> Choice:
     if device.type == "cpu":
         return Choice(name="fused", why="the fastest on a CPU")
     error = _objection(grouped_mm.KERNEL, layers, device, dtype)
@@ -88,8 +88,6 @@ def _automatic(layers: list[nn.Module], device: torch.device, dtype: torch.dtype
     return Choice(name="loop", why=f"works everywhere; {error.what}")
 
 
-def _objection(
-    kernel: Kernel, layers: list[nn.Module], device: torch.device, dtype: torch.dtype
-) -> ConfigError | None:
+def _objection(kernel: Kernel, layers: list[Any], device: torch.device, dtype: torch.dtype) -> ConfigError | None:
     errors = (kernel.objection(experts, device, dtype) for experts in layers)
     return next((error for error in errors if error), None)

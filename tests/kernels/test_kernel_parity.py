@@ -21,6 +21,7 @@ SHAPES = {
     "geglu": {"activation": "gelu_pytorch_tanh"},
     "relu2": {"activation": "relu2", "gated": False},
     "gelu_biases": {"activation": "gelu_new", "gated": False, "bias": True},
+    "linear": {"activation": "linear", "gated": False},
     "silu_biases": {"activation": "silu", "gated": False, "bias": True},
     "swiglu_biases": {"bias": True},
 }

@@ -23,10 +23,10 @@ class Activation(Protocol):
     """From the output of the first projection [..., R] to the input of the second [..., I]."""
 
     def value(self, z_R: Tensor) -> Tensor:
-        """The input of the second projection."""
+        """The input of the second projection, in memory of its own."""
 
     def value_and_gradient(self, z_R: Tensor, dh_I: Tensor) -> tuple[Tensor, Tensor]:
-        """The value, and the gradient of `z_R` [..., R] given the value's gradient `dh_I`."""
+        """The value as above, and the gradient of `z_R` [..., R] given the value's gradient `dh_I`."""
 
 
 def activation_of(experts: nn.Module) -> Activation:
@@ -60,11 +60,16 @@ class Recorded:
         self.experts = experts
 
     def value(self, z_R: Tensor) -> Tensor:
-        return activate(self.experts, z_R)
+        return _own(activate(self.experts, z_R), z_R)
 
     def value_and_gradient(self, z_R: Tensor, dh_I: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             leaf_R = z_R.detach().requires_grad_()
             h_I = activate(self.experts, leaf_R)
         (dz_R,) = torch.autograd.grad(h_I, leaf_R, dh_I)
-        return h_I.detach(), dz_R
+        return _own(h_I, leaf_R).detach(), dz_R
+
+
+def _own(h_I: Tensor, z_R: Tensor) -> Tensor:
+    """The identity returns its argument."""
+    return h_I.clone() if h_I is z_R else h_I

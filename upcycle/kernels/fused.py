@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from upcycle.errors import ConfigError
 from upcycle.kernels.activation import activation_of
 from upcycle.kernels.experts import Kernel, layout_objection, sort_by_expert, stacked
-from upcycle.kernels.memory import zeros_like
+from upcycle.kernels.memory import empty_like
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -103,7 +103,7 @@ class _Fused(torch.autograd.Function):
             if up_bias_NR is not None:
                 z_bmR += up_bias_NR[e, None]
             weight_bm1 = weight_P[group.pair_bm, None]
-            y_bmH = torch.bmm((activation.value(z_bmR) * weight_bm1).to(x_SH.dtype), down_NHI[e].mT)
+            y_bmH = torch.bmm(activation.value(z_bmR).mul_(weight_bm1), down_NHI[e].mT)
             if down_bias_NH is not None:
                 y_bmH += (weight_bm1 * down_bias_NH[e, None]).to(x_SH.dtype)
             y_SH.index_add_(0, group.token_bm.flatten(), y_bmH.flatten(0, 1).to(y_SH.dtype))
@@ -119,8 +119,8 @@ class _Fused(torch.autograd.Function):
         weight_P = _with_padding(weights_SK)
         dweight_P = torch.zeros_like(weight_P)
         dx_SH = torch.zeros_like(x_SH, dtype=_sum_dtype(x_SH))
-        dup, ddown = zeros_like(up_NRH), zeros_like(down_NHI)
-        dup_bias, ddown_bias = (None if b is None else zeros_like(b) for b in (up_bias_NR, down_bias_NH))
+        dup, ddown = _unvisited_zero(up_NRH, ctx.groups), _unvisited_zero(down_NHI, ctx.groups)
+        dup_bias, ddown_bias = (None if b is None else torch.zeros_like(b) for b in (up_bias_NR, down_bias_NH))
         for group, z_bmR in zip(ctx.groups, saved, strict=True):
             e = group.experts
             x_bmH, dy_bmH = _gather(x_SH, group.token_bm), _gather(dy_SH, group.token_bm)
@@ -128,7 +128,7 @@ class _Fused(torch.autograd.Function):
             dhw_bmI = torch.bmm(dy_bmH, down_NHI[e])
             h_bmI, dz_bmR = ctx.activation.value_and_gradient(z_bmR, (dhw_bmI * weight_bm1).to(x_SH.dtype))
             dweight_bm = (dhw_bmI * h_bmI).sum(-1, dtype=dx_SH.dtype)
-            torch.bmm(dy_bmH.mT, (h_bmI * weight_bm1).to(x_SH.dtype), out=ddown[e])
+            torch.bmm(dy_bmH.mT, h_bmI.mul_(weight_bm1), out=ddown[e])
             torch.bmm(dz_bmR.mT, x_bmH, out=dup[e])
             if dup_bias is not None and ddown_bias is not None:
                 dup_bias[e] = dz_bmR.sum(1)
@@ -147,6 +147,14 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 
 def _with_padding(weights_SK: Tensor) -> Tensor:
     return torch.cat([weights_SK.flatten(), weights_SK.new_zeros(1)])
+
+
+def _unvisited_zero(w: Tensor, groups: list[Group]) -> Tensor:
+    """An uninitialised gradient, zero for experts in no group."""
+    gradient, every = empty_like(w), range(len(w))
+    for e in set(every).difference(*(every[group.experts] for group in groups)):
+        gradient[e] = 0
+    return gradient
 
 
 def _gather(x_SH: Tensor, token_bm: Tensor) -> Tensor:

@@ -490,7 +490,7 @@ def test_disk_that_fills_up(upcycle, source, tmp_path, monkeypatch, room, kept):
     with monkeypatch.context() as full:
         full.setattr(file_operations.os, "write", limited)
         outcome = upcycle(*arguments)
-    outcome.refused("cannot write", "No space left on device", "resume=true")
+    outcome.refused("cannot write", "No space left on device", "then resume")
     assert not output.exists()
     assert (tmp_path / ".output.partial").exists() is kept
     assert upcycle(*arguments, "resume=true").status == 0

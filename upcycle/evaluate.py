@@ -16,7 +16,7 @@ from upcycle.data.corpus import build_corpus
 from upcycle.errors import ConfigError
 from upcycle.evaluation.harness import Harness
 from upcycle.evaluation.losses import domain_losses
-from upcycle.evaluation.model import load_model, window_length
+from upcycle.evaluation.model import load_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from upcycle.evaluation.config import EvaluateConfig
 
-DEFAULT_LENGTH = 1024
 TOKENS_AT_ONCE = 2048
 
 
@@ -47,8 +46,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             "nothing is held out to evaluate on", found="data.held_out=0", remedy="hold out some documents"
         )
     harness = Harness(config.tasks) if config.tasks else None
-    model, tokenizer = load_model(config.model)
-    length = window_length(model, config.sequence_length, default=DEFAULT_LENGTH)
+    model, tokenizer, length = load_model(config.model, sequence_length=config.sequence_length)
     return {
         "model": config.model,
         "model_type": model.config.model_type,

@@ -47,9 +47,12 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         found["moe"] = _shape(moe)
         found["similarity"] = similarity(reader, moe)
     manifest = read_manifest(directory)
-    if manifest:
+    if manifest and "source" in manifest:
         kept = ("source", "config", "init", "seed", "plan_sha256", "versions", "losses")
         found["provenance"] = {name: manifest[name] for name in kept}
+    if manifest and "training" in manifest:
+        trained = manifest["training"]
+        found["training"] = {"model": trained["config"]["model"], "step": trained["step"], **trained["summary"]}
     return found
 
 
@@ -140,7 +143,7 @@ def inspection_table(found: Mapping[str, Any]) -> RenderableType:
     table.add_row("router", moe["router_order"])
     table.add_row("shared width", str(moe["shared_width"]))
     table.add_row("MoE layers", layers)
-    for name, value in _provenance(found.get("provenance")):
+    for name, value in (*_provenance(found.get("provenance")), *_training(found.get("training"))):
         table.add_row(name, value)
     return Group(table, _similarity_table(found["similarity"]))
 
@@ -156,6 +159,13 @@ def _provenance(provenance: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         ("plan", provenance["plan_sha256"]),
         ("step 0", "; ".join(provenance["losses"]) or "lossless"),
     ]
+
+
+def _training(training: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if training is None:
+        return []
+    figures = [f"{name} {value:,.6g}" for name, value in training.items() if name not in ("model", "step")]
+    return [("trained", f"model={training['model']}, {training['step']:,} steps"), ("", "; ".join(figures))]
 
 
 def _similarity_table(layers: list[Mapping[str, Any]]) -> Table:

@@ -8,8 +8,10 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
-from upcycle.errors import SourceError
+from upcycle.errors import ConfigError, SourceError
+from upcycle.model_config import load_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -37,13 +39,34 @@ def load_dense(source: DenseSource, dtype: torch.dtype = torch.float32) -> PreTr
     return model
 
 
-def load_moe(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A MoE checkpoint in evaluation mode, with transformers' loop over experts, which takes every width."""
+def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Any causal LM in evaluation mode, a MoE with transformers' loop over experts, which takes every width.
+
+    Raises:
+        SourceError: not a causal LM, or weights that are damaged or incomplete.
+    """
     from transformers import AutoModelForCausalLM
 
-    with quietly():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, experts_implementation="eager"
+    load_config(directory)
+    try:
+        with quietly():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, experts_implementation="eager", output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise SourceError(
+            "the model cannot be loaded",
+            found=f"{directory}: {' '.join(str(error).split()):.300}",
+            expected="a causal language model that transformers loads",
+        ) from error
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise SourceError(
+            "the checkpoint lacks tensors",
+            found=f"{directory} without {', '.join(missing[:5])}{more}",
+            remedy="take the complete checkpoint",
         )
     model.eval()
     return model
@@ -55,28 +78,51 @@ def load_tokenizer(source: DenseSource) -> PreTrainedTokenizerBase:
     Raises:
         SourceError: the source has none.
     """
+    if source.is_gguf:
+        return load_tokenizer_from(source.path.parent, gguf_file=source.path.name)
+    return load_tokenizer_from(source.path)
+
+
+def load_tokenizer_from(place: Path | str, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer in a directory, or of a Hub id.
+
+    Raises:
+        SourceError: there is none.
+    """
     from transformers import AutoTokenizer
 
-    directory, options = _gguf_arguments(source)
     try:
-        return AutoTokenizer.from_pretrained(directory, **options)
+        return AutoTokenizer.from_pretrained(place, **options)
     except (OSError, ValueError, KeyError) as error:
         raise SourceError(
-            "the source has no tokenizer that transformers can load",
-            found=str(source.path),
-            remedy="add the tokenizer files to the source directory",
+            "there is no tokenizer that transformers can load",
+            found=place,
+            remedy="add the tokenizer files to the model's directory",
         ) from error
+
+
+def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> None:
+    """Check that the model has an embedding for every token, and a position for every token of a sequence.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    text = model.config.get_text_config()
+    if len(tokenizer) > text.vocab_size:
+        raise ConfigError(
+            "the tokenizer has more tokens than the model",
+            found=f"tokenizer {len(tokenizer)}, model {text.vocab_size}",
+            remedy="take the tokenizer that belongs to the model",
+        )
+    positions = getattr(text, "max_position_embeddings", None)
+    if not 1 <= sequence_length <= (positions or sequence_length):
+        expected = f"1 to {positions}, the positions that the model has"
+        raise ConfigError("sequence_length is out of range", found=sequence_length, expected=expected)
 
 
 def ffn_modules(model: nn.Module, path: str, layers: Iterable[int]) -> dict[int, nn.Module]:
     """The FFN (or MoE block) of each layer; `path` has `{layer}` left open."""
     return {layer: reduce(getattr, path.format(layer=layer).split("."), model) for layer in layers}
-
-
-def _gguf_arguments(source: DenseSource) -> tuple[Path, dict[str, Any]]:
-    if source.is_gguf:
-        return source.path.parent, {"gguf_file": source.path.name}
-    return source.path, {}
 
 
 @contextmanager

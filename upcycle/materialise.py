@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from upcycle.checkpoint import torch_dtype
 from upcycle.errors import SourceError
 from upcycle.init.experts import add_noise, drop_neurons, normal, row_blocks
 from upcycle.init.rng import generator
@@ -35,13 +34,12 @@ class Materialiser:
         self._seed = seed
         self._open: OrderedDict[str, Tensor] = OrderedDict()
 
-    def tensor(self, target: TargetTensor) -> Tensor:
-        """The whole tensor, in its own dtype.
+    def tensor(self, target: TargetTensor, dtype: torch.dtype) -> Tensor:
+        """The whole tensor, in `dtype`.
 
         Raises:
             SourceError: as `blocks`.
         """
-        dtype = torch_dtype(target.dtype)
         pieces = [block.flatten() for block in self.blocks(target, dtype)]
         return torch.cat([torch.empty(0, dtype=dtype), *pieces]).reshape(target.shape)
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from upcycle.checkpoint import sha256_file
 from upcycle.errors import ConfigError, SourceError
-from upcycle.load import ffn_modules, load_dense, load_moe
+from upcycle.load import ffn_modules, load_checkpoint, load_dense
 from upcycle.manifest import read_manifest
 from upcycle.moe_config import MoeDescription, describe_moe
 from upcycle.source import open_source
@@ -85,7 +85,7 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     file = Path(config.text).expanduser() if config.text else DEFAULT_TEXT
     ids = sample_tokens(source, tokens=config.tokens, file=file)
     sums = Sums()
-    dense_model, moe_model = load_dense(source), load_moe(directory)
+    dense_model, moe_model = load_dense(source), load_checkpoint(directory)
     with torch.inference_mode():
         for chunk in ids.split(min(config.sequence_length, source.model.sizes["P"])):
             if len(chunk) > 1:

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from upcycle.load import load_moe
+from upcycle.load import load_checkpoint
 from upcycle.moe_config import describe_moe
 from upcycle.prepare import prepare
 from upcycle.train.flops import forward_flops
@@ -44,7 +44,7 @@ def test_moe_against_the_counter_and_the_plan(dense: Callable[[str], Path], tmp_
     order = "topk_softmax" if target == "mixtral" else "softmax_topk"
     request = conversions.options(dense("llama"), tmp_path / "moe", target=target, router_order=order)
     done = conversions.run(request)
-    model = load_moe(done.directory)
+    model = load_checkpoint(done.directory)
     moe = describe_moe(done.directory)
     per_token = forward_flops(model, moe, sequence_length=L)
     # torch's counter sees the loop over experts: as many products as tokens visit.
@@ -56,6 +56,6 @@ def test_moe_against_the_counter_and_the_plan(dense: Callable[[str], Path], tmp_
 def test_a_wrong_share_of_experts_is_noticed(dense: Callable[[str], Path], tmp_path: Path) -> None:
     """The mutant: counting all experts."""
     done = conversions.run(conversions.options(dense("llama"), tmp_path / "moe", target="qwen2_moe"))
-    model, moe = load_moe(done.directory), describe_moe(done.directory)
+    model, moe = load_checkpoint(done.directory), describe_moe(done.directory)
     object.__setattr__(moe, "top_k", moe.experts)
     assert forward_flops(model, moe, sequence_length=L) * L > 1.1 * counted(model)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _REMEDIES: Final = {
-    errno.ENOSPC: "free space on that disk, then run again with resume=true",
-    errno.EDQUOT: "free space within the quota, then run again with resume=true",
+    errno.ENOSPC: "free space on that disk, then resume",
+    errno.EDQUOT: "free space within the quota, then resume",
     errno.EROFS: "choose an output on a writable file system",
     errno.EACCES: "choose an output in a directory that you may write to",
     errno.EPERM: "choose an output in a directory that you may write to",

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from upcycle.checkpoint.files import replacing, write_all
-from upcycle.errors import SourceError
+from upcycle.errors import OutputError, SourceError
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -27,10 +27,15 @@ class _Writer:
 
     def __init__(self, descriptor: int, path: Path) -> None:
         self._descriptor, self._path = descriptor, path
+        self.error: OutputError | None = None
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        write_all(self._descriptor, view, self._path)
+        try:
+            write_all(self._descriptor, view, self._path)
+        except OutputError as error:
+            self.error = error
+            raise
         return len(view)
 
     def flush(self) -> None:
@@ -47,7 +52,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             OutputError: the file cannot be written, such as on a full disk; the old one is intact.
         """
         with replacing(Path(path)) as descriptor:
-            torch.save(checkpoint, _Writer(descriptor, Path(path)))  # type: ignore[arg-type]
+            writer = _Writer(descriptor, Path(path))
+            try:
+                torch.save(checkpoint, writer)  # type: ignore[arg-type]
+            except Exception:
+                if writer.error:  # torch's own writer covers it with a RuntimeError
+                    raise writer.error from None
+                raise
 
 
 def checkpoint_io() -> AsyncCheckpointIO:

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from upcycle.arch.targets import TARGETS
-from upcycle.checkpoint import Staging, torch_dtype
+from upcycle.checkpoint import Staging
 from upcycle.errors import OutputError
 from upcycle.load import quietly
 from upcycle.manifest import FORMAT, MANIFEST
@@ -47,7 +47,7 @@ def export(config: ExportConfig) -> Path:
     run = read_run(directory)
     content = read_checkpoint(directory / CHECKPOINTS / f"{config.checkpoint}.ckpt")
     trained = TypeAdapter(TrainConfig).validate_python(run["config"])
-    dtype = torch_dtype(config.dtype)
+    dtype = getattr(torch, config.dtype)
     with quietly():
         model = _model(directory / MODEL, trained, run["manifest"], content["state_dict"])
         nn.Module.to(model, dtype)
@@ -73,7 +73,6 @@ def _model(
         moe = describe_config(target, transformers_config, manifest)
         for name, value in export_fields(moe, trained.router, trained.balance).items():
             setattr(transformers_config, name, value)
-    transformers_config.use_cache = True
     model: PreTrainedModel = AutoModelForCausalLM.from_config(transformers_config, dtype=torch.float32)
     own = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
     model.load_state_dict(own)

@@ -15,8 +15,8 @@ from upcycle.checkpoint import hash_files
 from upcycle.config import ConvertConfig
 from upcycle.convert import output_config
 from upcycle.data.bytes_tokenizer import byte_tokenizer
-from upcycle.errors import ConfigError, SourceError, did_you_mean
-from upcycle.load import load_dense, load_tokenizer, quietly
+from upcycle.errors import ConfigError, did_you_mean
+from upcycle.load import check_fits, load_checkpoint, load_dense, load_tokenizer, load_tokenizer_from, quietly
 from upcycle.manifest import manifest_json, read_manifest
 from upcycle.materialise import Materialiser
 from upcycle.model_config import read_config
@@ -66,8 +66,7 @@ def start_model(config: TrainConfig) -> Start:
     with quietly():
         start = arms[config.model](config)
     start.model.train()
-    start.model.config.use_cache = False
-    _check_sizes(start, config.sequence_length)
+    check_fits(start.model, start.tokenizer, config.sequence_length)
     return start
 
 
@@ -102,7 +101,7 @@ def _upcycle(config: TrainConfig) -> Start:
     conversion = prepare(request, execute=True)
     hashes = hash_files(conversion.source.files)
     materialiser = Materialiser(conversion.source.read, config.seed)
-    values = {tensor.name: materialiser.tensor(tensor) for tensor in conversion.plan.tensors}
+    values = {tensor.name: materialiser.tensor(tensor, torch.float32) for tensor in conversion.plan.tensors}
     transformers_config = _transformers_config(output_config(conversion))
     model = _class_of(transformers_config).from_pretrained(
         None, config=transformers_config, state_dict=values, dtype=torch.float32
@@ -115,7 +114,7 @@ def _scratch(config: TrainConfig) -> Start:
         return _from_architecture(config, config.architecture)
     conversion = prepare(conversion_request(config), execute=False)
     transformers_config = _transformers_config(output_config(conversion))
-    return _of_conversion(config, conversion, _random(transformers_config), {})
+    return _of_conversion(config, conversion, _random(transformers_config), _granularity(conversion))
 
 
 def _from_architecture(config: TrainConfig, architecture: dict[str, Any]) -> Start:
@@ -131,9 +130,11 @@ def _from_architecture(config: TrainConfig, architecture: dict[str, Any]) -> Sta
         )
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     fields = {"vocab_size": len(tokenizer), **special, **architecture}
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         model = _random(_transformers_config(fields))
-    except (ValueError, TypeError, ArithmeticError) as error:
+    except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
         raise ConfigError("architecture is not valid", found=" ".join(str(error).split())) from error
     return Start(model=model, tokenizer=tokenizer, moe=None, source=None, manifest={})
 
@@ -142,11 +143,9 @@ def _checkpoint(config: TrainConfig) -> Start:
     directory = expanded(str(config.source))
     if read_config(directory).get("model_type") not in TARGETS:
         return _dense(config)
-    from transformers import AutoModelForCausalLM
-
     moe = describe_moe(directory)
     manifest = read_manifest(directory) or {}
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = load_checkpoint(directory)
     origin = manifest.get("source", {}).get("given")
     source = open_source(origin) if origin and Path(origin).expanduser().exists() else None
     return Start(model=model, tokenizer=_tokenizer(config, directory), moe=moe, source=source, manifest=manifest)
@@ -182,14 +181,18 @@ def dense_shards(source: DenseSource, moe: MoeDescription, request: ConvertConfi
 def _of_conversion(
     config: TrainConfig, conversion: Conversion, model: PreTrainedModel, manifest: dict[str, Any]
 ) -> Start:
-    granularity = {"moe": {"granularity": conversion.plan.moe.granularity}}
     return Start(
         model=model,
         tokenizer=_tokenizer(config, conversion.source),
-        moe=describe_config(TARGETS[conversion.plan.target], model.config, granularity),
+        moe=describe_config(TARGETS[conversion.plan.target], model.config, manifest),
         source=conversion.source,
         manifest=manifest,
     )
+
+
+def _granularity(conversion: Conversion) -> dict[str, Any]:
+    """What a native type's config does not say about it."""
+    return {"moe": {"granularity": conversion.plan.moe.granularity}}
 
 
 def _transformers_config(fields: dict[str, Any]) -> Any:
@@ -212,34 +215,9 @@ def _random(transformers_config: Any) -> PreTrainedModel:
 
 
 def _tokenizer(config: TrainConfig, source: DenseSource | Path | None) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
     if config.tokenizer == BYTES:
         return byte_tokenizer()
-    if config.tokenizer is None and not isinstance(source, Path):
-        assert source is not None
-        return load_tokenizer(source)
-    place = config.tokenizer or source
-    try:
-        return AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(
-            "there is no tokenizer that transformers can load", found=place, remedy="set tokenizer=DIR"
-        ) from error
-
-
-def _check_sizes(start: Start, sequence_length: int) -> None:
-    text = start.model.config.get_text_config()
-    if len(start.tokenizer) > text.vocab_size:
-        raise ConfigError(
-            "the tokenizer has more tokens than the model",
-            found=f"tokenizer {len(start.tokenizer)}, model {text.vocab_size}",
-            remedy="take the tokenizer that belongs to the model",
-        )
-    positions = getattr(text, "max_position_embeddings", None)
-    if not 1 <= sequence_length <= (positions or sequence_length):
-        raise ConfigError(
-            "sequence_length is out of range",
-            found=sequence_length,
-            expected=f"1 to {positions}, the model's positions",
-        )
+    if config.tokenizer is not None:
+        return load_tokenizer_from(config.tokenizer)
+    assert source is not None
+    return load_tokenizer_from(source) if isinstance(source, Path) else load_tokenizer(source)

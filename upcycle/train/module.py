@@ -19,8 +19,6 @@ from upcycle.train.optim import adamw
 from upcycle.train.schedule import learning_rate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import PreTrainedModel
 
     from upcycle.moe_config import MoeDescription
@@ -56,7 +54,8 @@ class TrainingModule(LightningModule):
     ) -> None:
         super().__init__()
         self.model = model
-        self.forward_model: Callable[..., Any] = torch.compile(model) if config.compile else model
+        if config.compile:
+            model.compile()
         self.moe = moe
         self.routing = routing
         self.config = config
@@ -99,7 +98,8 @@ class TrainingModule(LightningModule):
             parts |= self.routing.losses(self.global_step)
             loss = loss + self.routing.balance_loss(self.global_step)
         if not torch.isfinite(loss):
-            raise first_not_finite(self.model, model_inputs(batch), loss=float(loss), step=self.global_step + 1)
+            step = self.global_step + 1
+            raise first_not_finite(self.model, model_inputs(batch), loss=float(loss.detach()), step=step)
         return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
 
     def configure_gradient_clipping(
@@ -116,7 +116,7 @@ class TrainingModule(LightningModule):
             self.routing.end_step(self.global_step - 1)
 
     def _logits(self, batch: Batch) -> Tensor:
-        return self.forward_model(**model_inputs(batch), use_cache=False).logits  # type: ignore[no-any-return]
+        return self.model(**model_inputs(batch), use_cache=False).logits  # type: ignore[no-any-return]
 
     def _distillation(self, logits_BLV: Tensor, batch: Batch) -> Tensor:
         with torch.no_grad():

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from upcycle.train.config import TrainConfig
     from upcycle.train.periodic import Periodic
 
+ORDER_HASHED = 10_000  # samples; an order is one function of the position, so its start identifies it
+
 _log = logging.getLogger("upcycle")
 
 
@@ -100,7 +102,7 @@ def train(config: TrainConfig, *, on_start: Callable[[Run], Sequence[Callback]])
         flops_per_step=run.flops_per_step,
         kernel=run.kernel,
         data_hash=run.corpus.hash,
-        order_hash=order_hash(run.corpus.order(config.seed), run.steps * config.batch.sequences),
+        order_hash=order_hash(run.corpus.order(config.seed), ORDER_HASHED),
         manifest=run.start.manifest,
     )
     try:
@@ -123,7 +125,7 @@ def prepare_run(config: TrainConfig) -> Run:
         choice = install_kernel(start.model, config.kernel, device=device, dtype=_dtype(config.precision))
         kernel, routing = choice.name, install_routers(start.model, start.moe, config.router, config.balance)
     if config.activation_checkpointing:
-        start.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        start.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     corpus = build_corpus(config.data, start.tokenizer, sequence_length=config.sequence_length)
     tokens_per_step = config.batch.sequences * config.sequence_length
     per_token = TRAINING_PASSES * forward_flops(start.model, start.moe, sequence_length=config.sequence_length)
@@ -138,7 +140,7 @@ def prepare_run(config: TrainConfig) -> Run:
         kernel=kernel,
         steps=steps,
         flops_per_step=per_token * tokens_per_step,
-        resumed=_resumed(record.directory / CHECKPOINTS / LAST),
+        resumed=0 if config.overwrite else _resumed(record.directory / CHECKPOINTS / LAST),
     )
 
 

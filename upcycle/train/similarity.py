@@ -45,7 +45,7 @@ def shard_reader(conversion: Conversion, moe: MoeDescription) -> Callable[[int],
     def read(layer: int) -> Matrices:
         start = f"language_model.{layer_path.format(layer=layer)}mlp.experts."
         stacked = {
-            name.removeprefix(start): materialiser.tensor(tensor)
+            name.removeprefix(start): materialiser.tensor(tensor, torch.float32)
             for name, tensor in tensors.items()
             if name.startswith(start) and len(tensor.shape) == 3
         }

@@ -5,53 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-from torch.utils.data import DataLoader, Subset
-
-from upcycle.train.module import model_inputs
+from upcycle.evaluation.losses import domain_losses
 from upcycle.train.periodic import Periodic
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from lightning.pytorch import Trainer
-    from torch import nn
-    from torch.utils.data import Dataset
 
     from upcycle.data.corpus import Corpus
     from upcycle.tracking.record import Record
     from upcycle.train.checkpoints import Checkpoints
-
-
-@torch.no_grad()
-def domain_losses(
-    model: nn.Module, held_out: Mapping[str, Dataset[dict[str, torch.Tensor]]], *, batch_size: int, windows: int | None
-) -> dict[str, tuple[float, int]]:
-    """Mean cross entropy in nats per token, and the number of tokens, by domain; the model in evaluation mode.
-
-    Args:
-        model: a causal LM; left in the mode it was in.
-        held_out: windows by domain.
-        batch_size: windows per forward pass.
-        windows: windows used per domain, from the first; None takes all.
-    """
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    losses = {}
-    for domain, dataset in held_out.items():
-        used = len(dataset) if windows is None else min(windows, len(dataset))  # type: ignore[arg-type]
-        total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
-        for batch in DataLoader(Subset(dataset, range(used)), batch_size=batch_size):
-            inputs = {name: value.to(device) for name, value in model_inputs(batch).items()}
-            logits = model(**inputs, use_cache=False).logits.flatten(0, 1).float()
-            labels = batch["labels"].to(device).flatten()
-            total += F.cross_entropy(logits, labels, reduction="none").double().sum()
-            tokens += labels.numel()
-        losses[domain] = (float(total) / tokens, tokens)
-    model.train(training)
-    return losses
 
 
 class Validation(Periodic):

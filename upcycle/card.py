@@ -1,4 +1,4 @@
-"""The model card of a converted checkpoint."""
+"""The model cards of converted and of trained checkpoints."""
 
 from __future__ import annotations
 
@@ -52,4 +52,53 @@ tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")
 
 Initialised, not trained: train it before use. `upcycle_manifest.json` says where each tensor comes from. The licence
 of the source model applies.
+"""
+
+
+def trained_card(manifest: Mapping[str, Any], *, model_type: str, parameters: int) -> str:
+    """README.md of an exported run, in the Hub's format.
+
+    Args:
+        manifest: the checkpoint's, with its training record.
+        model_type: of transformers.
+        parameters: of the model.
+    """
+    training = manifest["training"]
+    config, summary = training["config"], training["summary"]
+    start = {
+        "scratch": "random weights",
+        "dense": f"`{config['source']}`",
+        "checkpoint": f"`{config['source']}`",
+        "upcycle": f"`{config['source']}`, upcycled with {config['init']['name']}, scaling {config['init']['scaling']}",
+    }[config["model"]]
+    results = "\n".join(f"| {name} | {value:,.6g} |" for name, value in summary.items())
+    remote = ", trust_remote_code=True" if model_type == "upcycled_moe" else ""
+    schedule, batch = config["schedule"], config["batch"]
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [upcycling, {model_type}]
+---
+
+# {model_type}, trained from {start}
+
+| | |
+|---|---|
+| parameters | {parameters:,} |
+| data | {config["data"]["name"]}, hash `{training["data_hash"]}` |
+| steps | {training["step"]:,} of {batch["sequences"]} sequences of {config["sequence_length"]} tokens |
+| learning rate | {schedule["name"]}, peak {schedule["peak"]:g} |
+| seed | {config["seed"]} |
+{results}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY"{remote})
+tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")
+```
+
+Trained by `upcycle train`; `upcycle_manifest.json` holds every option. The licences of source model and data apply.
 """

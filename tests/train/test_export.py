@@ -61,6 +61,7 @@ def test_the_export_is_what_was_trained(text: Path, text_model: Path, tmp_path: 
     loaded.generate(token_ids()[:1], max_new_tokens=3, do_sample=False, pad_token_id=0)
     training_record = json.loads((directory / "upcycle_manifest.json").read_text())["training"]
     assert training_record["step"] == 6
+    assert f"| val/loss | {run.record.last['val/loss']:,.6g} |" in (directory / "README.md").read_text()
     assert training_record["summary"]["val/loss"] == run.record.last["val/loss"]
 
 

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from upcycle.arch.targets import TARGETS
+from upcycle.card import trained_card
 from upcycle.checkpoint import Staging
 from upcycle.errors import OutputError
 from upcycle.load import quietly
@@ -57,6 +58,8 @@ def export(config: ExportConfig) -> Path:
             _beside(staging, directory / MODEL, model)
             manifest = {"format": FORMAT, **run["manifest"], "training": _training(run, content, config)}
             staging.write_text(MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+            card = trained_card(manifest, model_type=model.config.model_type, parameters=model.num_parameters())
+            staging.write_text("README.md", card)
             _check_loads(staging.directory, model, dtype)
             staging.commit()
     return output

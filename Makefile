@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
+MEGABLOCKS := megablocks==0.10.0 stanford-stk==0.7.1
 
-.PHONY: demo test quick bench clean
+.PHONY: demo test quick bench install-megablocks clean
 
 demo: $(VENV)/installed ## the main job on a real model
 	$(BIN)/python examples/demo.py
@@ -20,6 +21,10 @@ quick: $(VENV)/developing ## the tests that take seconds
 bench: $(VENV)/installed ## conversion against a plain write of the same bytes
 	$(BIN)/python benchmarks/convert.py
 
+install-megablocks: $(VENV)/installed ## the kernels of kernel=megablocks; without dependencies, which would replace torch
+	$(BIN)/python -m pip install --quiet setuptools "triton>=3.6"
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation $(MEGABLOCKS)
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -31,6 +36,7 @@ $(VENV)/installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/developing: pyproject.toml $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(MAKE) install-megablocks
 	touch $@
 
 clean:

@@ -1,4 +1,4 @@
-"""The main job on a real model: plan, convert, verify, generate and train, with SmolLM2-135M (`make demo`).
+"""The main job on real models: SmolLM2-135M converted, and a small model upcycled and trained (`make demo`).
 
 python examples/demo.py [DIRECTORY]
 """
@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from compare import compare
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
@@ -25,6 +26,7 @@ PROMPT = "def fibonacci(n):\n"
 NEW_TOKENS = 30
 STEPS = 5
 TRAIN_TOKENS = 512
+COMPARED_STEPS = 1200
 console = Console()
 
 
@@ -43,6 +45,8 @@ def main() -> None:
     upcycle("verify", f"source={source}", f"moe={moe}")
     model = generate_side_by_side(source, moe)
     train(model, moe)
+    console.rule("does it pay? the same small dense model, continued or upcycled, at equal FLOPs")
+    compare(directory, steps=COMPARED_STEPS, seed=0)
     console.rule("where everything is")
     for file, what in (
         ("", "the MoE checkpoint; plain transformers loads it"),

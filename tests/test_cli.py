@@ -24,6 +24,8 @@ DEFAULTS = {
     "verify": "tolerance: 0.001",
     "inspect": "path: ???",
     "evaluate": "sequence_length: null",
+    "train": "architecture: null",
+    "export": "checkpoint: last",
 }
 
 

@@ -1,0 +1,63 @@
+"""The files of a run: whole rows, or none; and what may be replaced."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from upcycle.errors import SourceError
+from upcycle.tracking.record import Record, read_run
+from upcycle.tracking.schema import METRICS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def steps(directory: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rows_after_a_checkpoint_are_forgotten(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    for step in range(5):
+        record.log({"train/loss": 1.0 / (step + 1)}, step=step)
+    assert record.last == {"train/loss": 0.2}
+    record.forget_after(2)
+    assert steps(tmp_path) == [0, 1, 2]
+    record.forget_after(-1)
+    assert steps(tmp_path) == []
+
+
+def test_a_row_that_was_cut_off_is_forgotten(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    record.log({"train/loss": 1.0}, step=1)
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 1, "train/lo')
+    record.forget_after(5)
+    assert steps(tmp_path) == [1]
+
+
+def test_nothing_to_forget(tmp_path: Path) -> None:
+    Record(tmp_path).forget_after(0)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_description_grows(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    record.describe(status="running", config={"seed": 0})
+    record.describe(status="finished")
+    assert read_run(tmp_path) == {"status": "finished", "config": {"seed": 0}}
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_no_run(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(SourceError, match="there is no run"):
+            read_run(place)
+
+
+def test_metric_names_are_unique_and_have_units() -> None:
+    assert len({metric.name for metric in METRICS}) == len(METRICS)
+    assert all(metric.unit and metric.meaning for metric in METRICS)

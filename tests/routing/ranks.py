@@ -18,7 +18,7 @@ def work(rank: int, directory: str) -> None:
     losses = []
     for micro in range(2):
         made(tokens(20 + 10 * rank, seed=2 * rank + micro))
-        losses.append(both.losses(0)["aux_loss"].detach())
+        losses.append(both.losses(0).aux.detach())
     both.end_step(0)
     torch.save({"losses": losses, "bias": made.e_score_correction_bias}, Path(directory) / f"{rank}.pt")
     distributed.destroy_process_group()

@@ -28,7 +28,7 @@ def slow_aux(logits_TN, experts_TK):
 def test_aux_loss_equals_a_slow_loop_and_transformers_over_k():
     made = router()
     logits, _, experts = made(tokens())
-    loss = routing(made, aux_loss=1.0).losses(0)["aux_loss"].detach()
+    loss = routing(made, aux_loss=1.0).losses(0).aux.detach()
     assert float(loss) == pytest.approx(slow_aux(logits, experts), rel=1e-6)
     torch.testing.assert_close(TOP_K * loss, load_balancing_loss_func((logits,), EXPERTS, TOP_K), **CLOSE)
     assert not torch.allclose(loss, load_balancing_loss_func((logits,), EXPERTS, TOP_K), **CLOSE)
@@ -39,7 +39,7 @@ def test_aux_loss_of_layers_does_not_cancel_as_transformers_does():
     b.weight.data.copy_(-a.weight)
     b.weight.data = b.weight.data.roll(3, dims=0)
     logits = [made(tokens())[0] for made in (a, b)]
-    ours = routing(a, b, aux_loss=1.0).losses(0)["aux_loss"]
+    ours = routing(a, b, aux_loss=1.0).losses(0).aux
     each = [load_balancing_loss_func((layer,), EXPERTS, TOP_K) / TOP_K for layer in logits]
     torch.testing.assert_close(ours, torch.stack(each).mean(), **CLOSE)
     assert load_balancing_loss_func(tuple(logits), EXPERTS, TOP_K) / TOP_K < ours
@@ -50,14 +50,14 @@ def test_aux_loss_is_one_for_uniform_routing_whatever_k():
         made = router(top_k=top_k)
         made.weight.data.zero_()
         made(tokens())
-        assert routing(made).losses(0)["aux_loss"].item() == pytest.approx(1.0)
+        assert routing(made).losses(0).aux.item() == pytest.approx(1.0)
 
 
 def test_sigmoid_probabilities_are_shares():
     made = router(order="sigmoid_topk", renormalise=True)
     logits, _, experts = made(tokens())
     shares = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
-    assert routing(made).losses(0)["aux_loss"].item() == pytest.approx(slow_aux(shares.log(), experts), rel=1e-6)
+    assert routing(made).losses(0).aux.item() == pytest.approx(slow_aux(shares.log(), experts), rel=1e-6)
 
 
 def test_z_loss_and_weighted_total():
@@ -66,12 +66,12 @@ def test_z_loss_and_weighted_total():
     both = routing(a, b, aux_loss=0.5, z_loss=Schedule(start=0.0, end=0.1, steps=10))
     losses = both.losses(5)
     expected = sum(math.log(sum(map(math.exp, row))) ** 2 for layer in logits for row in layer.tolist()) / 80
-    assert losses["z_loss"].item() == pytest.approx(expected, rel=1e-5)
-    torch.testing.assert_close(both.balance_loss(5), 0.5 * losses["aux_loss"] + 0.05 * losses["z_loss"], **CLOSE)
-    assert not both.losses(0)["z_loss"].requires_grad
+    assert losses.z.item() == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(both.losses(5).total, 0.5 * losses.aux + 0.05 * losses.z, **CLOSE)
+    assert not both.losses(0).z.requires_grad
     none = routing(a, b)
-    assert not none.balance_loss(0).requires_grad
-    assert float(none.balance_loss(0)) == 0
+    assert not none.losses(0).total.requires_grad
+    assert float(none.losses(0).total) == 0
 
 
 @pytest.mark.parametrize(("step", "value"), [(0, 1.0), (5, 0.75), (10, 0.5), (99, 0.5)])
@@ -83,7 +83,7 @@ def test_coefficients_are_linear_and_then_constant(step, value):
 def test_gradient_goes_through_the_probabilities_only():
     made, x = router(), tokens().requires_grad_()
     logits, _, experts = made(x)
-    loss = routing(made, aux_loss=1.0).balance_loss(0)
+    loss = routing(made, aux_loss=1.0).losses(0).total
     share = experts.flatten().bincount(minlength=EXPERTS) / experts.numel()
     by_hand = EXPERTS * (share * logits.softmax(-1).mean(0)).sum()
     leaves = (made.weight, x)
@@ -103,20 +103,20 @@ def test_global_batch_statistics_sum_over_the_micro_batches():
     parts = router()
     accumulated = routing(parts, aux_loss=1.0, statistics="global_batch")
     parts(first)
-    alone = accumulated.balance_loss(0)
-    torch.testing.assert_close(alone, routing(parts).losses(0)["aux_loss"], **CLOSE)
+    alone = accumulated.losses(0).total
+    torch.testing.assert_close(alone, routing(parts).losses(0).aux, **CLOSE)
     logits, _, _ = parts(second)
     expected = EXPERTS * (share * logits.softmax(-1).mean(0)).sum()
-    torch.testing.assert_close(accumulated.balance_loss(0), expected, **CLOSE)
-    assert not torch.allclose(routing(parts).losses(0)["aux_loss"], expected, **CLOSE), "the mutant passed"
+    torch.testing.assert_close(accumulated.losses(0).total, expected, **CLOSE)
+    assert not torch.allclose(routing(parts).losses(0).aux, expected, **CLOSE), "the mutant passed"
     (ours,), (theirs,) = (
-        torch.autograd.grad(y, parts.weight, retain_graph=True) for y in (accumulated.balance_loss(0), expected)
+        torch.autograd.grad(y, parts.weight, retain_graph=True) for y in (accumulated.losses(0).total, expected)
     )
     torch.testing.assert_close(ours, theirs, **CLOSE)
 
     accumulated.end_step(0)
     parts(second)
-    torch.testing.assert_close(accumulated.losses(1)["aux_loss"], routing(parts).losses(1)["aux_loss"], **CLOSE)
+    torch.testing.assert_close(accumulated.losses(1).aux, routing(parts).losses(1).aux, **CLOSE)
 
 
 def test_bias_update_equals_a_slow_loop():
@@ -191,7 +191,7 @@ def test_activation_checkpointing_counts_once_and_changes_no_gradient():
         both = routing(made, aux_loss=0.1, z_loss=0.1)
         torch.manual_seed(0)
         weights = checkpoint(lambda x: made(x)[1], x, use_reentrant=False) if repeated else made(x)[1]
-        (weights.square().sum() + both.balance_loss(0)).backward()
+        (weights.square().sum() + both.losses(0).total).backward()
         assert both.statistics().tokens.tolist() == [40]
         assert made.step_load_N.sum() == 40 * TOP_K
         return made.weight.grad, x.grad
@@ -208,7 +208,7 @@ def test_deterministic_algorithms_are_enough():
             RouterConfig(expert_choice=True),
         ):
             made = router(options)
-            (made(tokens())[1].square().sum() + routing(made, z_loss=1.0).balance_loss(0)).backward()
+            (made(tokens())[1].square().sum() + routing(made, z_loss=1.0).losses(0).total).backward()
     finally:
         torch.use_deterministic_algorithms(False)
     assert made.weight.grad.any()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from upcycle.errors import ConfigError
 from upcycle.routing.balance import bias_step, load_balancing_loss, sum_over_ranks
@@ -16,11 +17,25 @@ from upcycle.routing.selection import native_selection, selection_changes
 from upcycle.routing.statistics import RoutingSums, no_sums, stack
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PreTrainedModel
 
     from upcycle.moe_config import MoeDescription
     from upcycle.routing.config import BalanceConfig, RouterConfig
+
+
+class Losses(NamedTuple):
+    """Balancing losses of one forward, means over layers.
+
+    Attributes:
+        total: what to add to the model's loss: the others times their coefficients, 0 if all of these are.
+        aux: Switch's load-balancing loss, without its coefficient.
+        z: the router's z-loss, without its coefficient.
+    """
+
+    total: Tensor
+    aux: Tensor
+    z: Tensor
 
 
 class Routing:
@@ -37,8 +52,18 @@ class Routing:
         self.routers = routers
         self.balance = balance
 
-    def losses(self, step: int) -> dict[str, Tensor]:
-        """Return `aux_loss` and `z_loss` of the last forward, means over layers, without their coefficients.
+    @property
+    def measuring(self) -> bool:
+        """Whether forwards add to `statistics`; they do unless it is set to False."""
+        return all(router.measuring for router in self.routers.values())
+
+    @measuring.setter
+    def measuring(self, value: bool) -> None:
+        for router in self.routers.values():
+            router.measuring = value
+
+    def losses(self, step: int) -> Losses:
+        """Return the balancing losses of the last forward.
 
         One whose coefficient is 0 at `step` carries no gradient. With balance.statistics=global_batch every process
         has to call this.
@@ -55,18 +80,13 @@ class Routing:
         else:
             load_LN = torch.stack([forward.load_N for forward in forwards])
         probability_LN = torch.stack([forward.probability_N for forward in forwards])
-        losses = {
-            "aux_loss": load_balancing_loss(probability_LN, load_LN),
-            "z_loss": torch.stack([forward.z_loss for forward in forwards]).mean(),
-        }
-        return {name: loss if self._coefficient(name, step) else loss.detach() for name, loss in losses.items()}
-
-    def balance_loss(self, step: int) -> Tensor:
-        """Return what to add to the model's loss at `step`: the losses times their coefficients, 0 if there is none."""
-        losses = self.losses(step)
-        coefficients = {name: self._coefficient(name, step) for name in losses}
-        weighted = [coefficients[name] * loss for name, loss in losses.items() if coefficients[name]]
-        return torch.stack(weighted).sum() if weighted else torch.zeros_like(losses["aux_loss"])
+        aux = load_balancing_loss(probability_LN, load_LN)
+        z = torch.stack([forward.z_loss for forward in forwards]).mean()
+        weighted = [(self._coefficient("aux_loss", step), aux), (self._coefficient("z_loss", step), z)]
+        terms = [weight * loss for weight, loss in weighted if weight]
+        total = torch.stack(terms).sum() if terms else torch.zeros_like(aux)
+        aux, z = (loss if weight else loss.detach() for weight, loss in weighted)
+        return Losses(total=total, aux=aux, z=z)
 
     @torch.no_grad()
     def end_step(self, step: int) -> None:

@@ -46,6 +46,7 @@ class Router(BiasedRouter):
         forwarded: the last training forward; None after an optimizer step.
         step_load_N: assignments in all training forwards of this optimizer step; None before the first.
         sums: statistics since they were last reset; None before the first training forward.
+        measuring: whether training forwards add to `sums`.
 
     What is counted is no buffer, because DistributedDataParallel overwrites buffers with those of rank 0.
     """
@@ -66,6 +67,7 @@ class Router(BiasedRouter):
         self.forwarded: Forward | None = None
         self.step_load_N: Tensor | None = None
         self.sums: RoutingSums | None = None
+        self.measuring = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Route the tokens of x [..., H].
@@ -126,7 +128,9 @@ class Router(BiasedRouter):
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             with torch.no_grad():
                 load_N = expert_counts(index_TK, logits_TN.shape[-1], chosen_TK)
-                sums = measure(probability_TN, index_TK, chosen_TK, kept_TK, load_N)
             self.forwarded = Forward(probability_N, z, load_N)
             self.step_load_N = load_N if self.step_load_N is None else self.step_load_N + load_N
-            self.sums = sums if self.sums is None else self.sums + sums
+            if self.measuring:
+                with torch.no_grad():
+                    sums = measure(probability_TN, index_TK, chosen_TK, kept_TK, load_N)
+                self.sums = sums if self.sums is None else self.sums + sums

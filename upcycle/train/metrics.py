@@ -75,6 +75,11 @@ class TrainingMetrics(Callback):
             for layer, sums in checkpoint["routing"].items():
                 pl_module.routing.routers[layer].sums = RoutingSums(**sums)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Routers count only what is logged."""
+        if pl_module.routing:
+            pl_module.routing.measuring = self._routing
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since = (self._clock(), trainer.global_step)
 

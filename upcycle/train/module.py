@@ -95,8 +95,9 @@ class TrainingModule(LightningModule):
             weight = self.config.distill.weight
             loss = (1 - weight) * loss + weight * self.config.distill.temperature**2 * parts["distill_loss"]
         if self.routing:
-            parts |= self.routing.losses(self.global_step)
-            loss = loss + self.routing.balance_loss(self.global_step)
+            balance = self.routing.losses(self.global_step)
+            parts |= {"aux_loss": balance.aux, "z_loss": balance.z}
+            loss = loss + balance.total
         if not torch.isfinite(loss):
             step = self.global_step + 1
             raise first_not_finite(self.model, model_inputs(batch), loss=float(loss.detach()), step=step)

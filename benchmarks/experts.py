@@ -3,8 +3,8 @@
     python benchmarks/experts.py [--repeats 15] [--threads N] [--cpu-time] [--output FILE]
 
 SmolLM2's shapes (hidden 576, FFN width 1536), 2,048 tokens, float32, random routing. Every repetition runs the dense
-FFN and every kernel once, so that what else the machine does falls on all of them; a ratio compares medians or minima of
-the same run. T experts of 1/G of the width cost T/G of the dense FLOPs, and the dense time is multiplied by that.
+FFN and the kernels once, so that what else the machine does falls on all of them; a ratio compares medians or minima.
+T experts of 1/G of the width cost T/G of the dense FLOPs, and the dense time is multiplied by that.
 On a machine that others use too, `--threads 1 --cpu-time` counts only the seconds in which the process ran.
 """
 

@@ -58,6 +58,7 @@ def test_the_export_is_what_was_trained(text: Path, text_model: Path, tmp_path: 
         torch.testing.assert_close(loaded(token_ids()).logits, trained(token_ids()).logits, rtol=1e-4, atol=1e-4)
     assert AutoTokenizer.from_pretrained(directory)("def f(): pass")["input_ids"]
     assert loaded.config.get_text_config().use_cache
+    assert len({file.stat().st_mode for file in directory.iterdir()}) == 1
     loaded.generate(token_ids()[:1], max_new_tokens=3, do_sample=False, pad_token_id=0)
     training_record = json.loads((directory / "upcycle_manifest.json").read_text())["training"]
     assert training_record["step"] == 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ from upcycle.moe_config import describe_config
 from upcycle.prepare import check_apart
 from upcycle.routing.export import export_fields
 from upcycle.source import expanded
-from upcycle.tracking.record import CHECKPOINTS, MODEL, read_run
+from upcycle.tracking.record import CHECKPOINTS, MODEL, NOT_COMPARED, read_run
 from upcycle.train.checkpoints import read_checkpoint
 from upcycle.train.config import ExportConfig, TrainConfig
 
@@ -55,6 +56,8 @@ def export(config: ExportConfig) -> Path:
         fingerprint = hashlib.sha256(json.dumps([run["config"], content["global_step"]]).encode()).hexdigest()
         with Staging.open(output, fingerprint=fingerprint, overwrite=config.overwrite, resume=False) as staging:
             model.save_pretrained(staging.directory)
+            for file in staging.directory.glob("*.safetensors"):
+                shutil.copymode(staging.directory / "config.json", file)  # safetensors' is for its owner alone
             _beside(staging, directory / MODEL, model)
             manifest = {"format": FORMAT, **run["manifest"], "training": _training(run, content, config)}
             staging.write_text(MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
@@ -97,7 +100,7 @@ def _training(run: dict[str, Any], content: dict[str, Any], config: ExportConfig
     return {
         "checkpoint": config.checkpoint,
         "step": content["global_step"],
-        "config": run["config"],
+        "config": {name: value for name, value in run["config"].items() if name not in NOT_COMPARED},
         "versions": run["versions"],
         "data_hash": run["data_hash"],
         "order_hash": run["order_hash"],

@@ -47,7 +47,7 @@ def measure(
     """
     return RoutingSums(
         load=load_N,
-        tokens=load_N.new_tensor(len(index_TK)),
+        tokens=load_N.new_full((), len(index_TK)),
         dropped=chosen_TK.sum() - kept_TK.sum(),
         entropy=torch.special.entr(probability_TN).sum(dtype=torch.float64),
         mass=(probability_TN.gather(-1, index_TK) * chosen_TK).sum(dtype=torch.float64),

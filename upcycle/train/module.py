@@ -110,9 +110,13 @@ class TrainingModule(LightningModule):
         limit = self.config.optim.clip
         self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then let the routers balance."""
-        super().optimizer_step(*args, **kwargs)
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Step, then let the routers balance.
+
+        Lightning would keep the gradients through the next forward pass, next to its activations.
+        """
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
         if self.routing:
             self.routing.end_step(self.global_step - 1)
 

@@ -112,5 +112,7 @@ def test_cosines_against_loops(text: Path, text_model: Path, tmp_path: Path) -> 
 
 def test_metrics_can_be_off(text: Path, text_model: Path, tmp_path: Path) -> None:
     made = ["model=upcycle", f"source='{text_model}'", *training.SMALL_MOE, "metrics=off"]
-    training.run(training.options(text, tmp_path / "run", *made))
+    routing = training.run(training.options(text, tmp_path / "run", *made)).module.routing
+    assert routing is not None
+    assert all(router.sums is None for router in routing.routers.values()), "measured for nothing"
     assert not any(name.startswith("moe/") for row in training.rows(tmp_path / "run") for name in row)

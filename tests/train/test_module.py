@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -149,6 +150,18 @@ def test_routers_and_experts_learn_at_their_own_rates(text: Path, text_model: Pa
     assert not [name for name in changed if ".experts." in name or name.endswith("mlp.gate.weight")]
 
 
+def test_gradients_are_freed_after_a_step(text: Path, text_model: Path, tmp_path: Path) -> None:
+    """They do not lie beside the next step's activations; within a step, micro-batches add up."""
+    kept: list[bool] = []
+
+    class See(Callback):
+        def on_train_batch_end(self, _trainer: Any, module: Any, *_: Any) -> None:
+            kept.append(any(parameter.grad is not None for parameter in module.model.parameters()))
+
+    training.run(training.options(text, tmp_path / "run", "model=dense", f"source='{text_model}'"), [See()])
+    assert kept == [True, False] * 6
+
+
 def test_a_loss_that_is_not_finite(text: Path, text_model: Path, tmp_path: Path) -> None:
     """It names step and layer, stops, and keeps the checkpoint from before."""
 
@@ -176,6 +189,21 @@ def test_precision_and_checkpointing_train_alike(text: Path, text_model: Path, t
     assert changed.record.last["val/loss"] == pytest.approx(plain["val/loss"], rel=0.05 if "bf" in change else 1e-4)
     state = training.checkpoint(tmp_path / "changed")["state_dict"]
     assert {value.dtype for value in state.values()} == {torch.float32}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor")  # of torch's own
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled(text: Path, text_model: Path, tmp_path: Path) -> None:
+    """The same losses to 1e-3, and one compilation for all steps: experts stay out of it."""
+    made = ["model=upcycle", f"source='{text_model}'", *training.SMALL_MOE]
+    plain = training.run(training.options(text, tmp_path / "plain", *made)).record.last
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled = training.run(training.options(text, tmp_path / "compiled", *made, "compile=true")).record.last
+    assert compiled["train/loss"] == pytest.approx(plain["train/loss"], rel=1e-3)
+    assert counters["stats"]["unique_graphs"] > 0
+    assert "recompile_limit" not in str(counters["graph_break"])
 
 
 def test_token_loss_is_shifted_by_the_data_alone() -> None:

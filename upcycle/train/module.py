@@ -81,7 +81,10 @@ class TrainingModule(LightningModule):
         """Leave the loop when a signal asked for it; otherwise seed the micro-batch."""
         if self.trainer.should_stop:
             return -1
-        torch.manual_seed(derived_seed(self.config.seed, f"train/{batch_idx}/{self.global_rank}"))
+        seed = derived_seed(self.config.seed, f"train/{batch_idx}/{self.global_rank}")
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed formats the whole stack where CUDA is not in use
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         return None
 
     def training_step(self, batch: Batch, _batch_idx: int) -> dict[str, Tensor]:

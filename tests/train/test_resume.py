@@ -15,7 +15,9 @@ import training
 from cli import command
 from lightning.pytorch import Callback
 
+from upcycle.data.order import PositionSampler
 from upcycle.errors import ConfigError, OutputError
+from upcycle.train import fit
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,11 +100,8 @@ def test_a_wrong_position_in_the_data_is_noticed(
     """The mutant: a run that starts the data again when it is resumed."""
     config = training.options(text, tmp_path / "run", *STATEFUL, f"source='{text_model}'", "resume=auto")
     training.run(config, [At(4, terminate)])
-    sampler = training.run.__globals__["train"].__globals__["PositionSampler"]
-    monkeypatch.setitem(
-        training.run.__globals__["train"].__globals__,
-        "PositionSampler",
-        lambda order, **options: sampler(order, **{**options, "start": 0}),
+    monkeypatch.setattr(
+        fit, "PositionSampler", lambda order, **options: PositionSampler(order, **{**options, "start": 0})
     )
     training.run(config)
     with pytest.raises(AssertionError):

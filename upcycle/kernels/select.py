@@ -6,13 +6,13 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from upcycle.errors import ConfigError, near_misses
 from upcycle.kernels import fused, grouped_mm, loop, megablocks, reference
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -64,7 +64,8 @@ def install_kernel(model: PreTrainedModel, name: str, *, device: torch.device, d
     choice = _automatic(layers, device, dtype) if name == "auto" else Choice(name=name, why="asked for")
     if error := _objection(KERNELS[choice.name], layers, device, dtype):
         raise error
-    ALL_EXPERTS_FUNCTIONS.register(PREFIX + choice.name, KERNELS[choice.name].forward)
+    # How tokens fall on experts differs in every step: torch.compile would compile again each time.
+    ALL_EXPERTS_FUNCTIONS.register(PREFIX + choice.name, torch.compiler.disable(KERNELS[choice.name].forward))
     model.set_experts_implementation(PREFIX + choice.name)
     # transformers only sets it on models in whose source it finds its decorator.
     for experts in layers:

@@ -6,20 +6,29 @@ import functools
 from typing import TYPE_CHECKING
 
 import conversions
-import models
 import pytest
 import torch
 from hypothesis import settings
 from transformers.utils import logging
 
+import models
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 logging.disable_progress_bar()
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
 torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other on a busy machine cost seconds
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps the token caches of commands that tests start out of the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,10 +34,21 @@ def commands() -> list[str]:
 
 
 def test_upcycle_commands_and_python_run(text_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a copy of the repository's root, on a tiny model instead of the Hub's, and for three steps of training."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    for file in ROOT.glob("*.md"):
+        shutil.copy(file, tmp_path)
+    shorter = {
+        HUB_ID: str(text_model),
+        "budget.flops=1e13": "budget.flops=3e10",
+        "budget.tokens=4e6": "budget.tokens=12e3",
+    }
     executable = str(Path(sys.executable).with_name("upcycle"))
     for line in commands():
-        words = [word.replace(HUB_ID, str(text_model)) for word in shlex.split(line)]
+        for given, replacement in shorter.items():
+            line = line.replace(given, replacement)
+        words = shlex.split(line)
         if words[0] == "upcycle":
             ended = subprocess.run([executable, *words[1:]], capture_output=True, text=True, check=False)
             assert ended.returncode == 0, f"{line}\n{ended.stdout}\n{ended.stderr}"
@@ -48,14 +60,17 @@ def test_upcycle_commands_and_python_run(text_model: Path, monkeypatch: pytest.M
 
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"make ([a-z]+)", README):
+    for target in re.findall(r"make ([a-z-]+)", README):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
 def test_options_named_in_the_readme_exist(upcycle: Callable[..., Outcome]) -> None:
     shown = upcycle("convert", "--help").out
+    training = upcycle("train", "--help").out
     for option in set(re.findall(r"`((?:moe|init)\.[a-z_]+)", README)):
         assert re.search(rf"^ +{option.split('.')[1]}:", shown, flags=re.MULTILINE), option
+    for option in set(re.findall(r"`((?:budget|distill|router|balance)\.[a-z_]+)", README)):
+        assert re.search(rf"^ +{option.split('.')[1]}:", training, flags=re.MULTILINE), option
 
 
 def test_the_results_are_the_measured_ones() -> None:
@@ -81,3 +96,7 @@ def test_the_demo_runs(tmp_path: Path) -> None:
     assert dense == moe
     losses = [float(loss) for loss in re.findall(r"step \d+: loss ([\d.]+)", ended.stdout)]
     assert losses[-1] < losses[0] - 0.5
+    gain = re.search(r"upcycle to E8G1T1.*?([-+][\d.]+)%", ended.stdout)
+    assert gain
+    assert float(gain[1]) < 0, "upcycling lost to continuing the dense model"
+    assert (tmp_path / "compare.png").is_file()

@@ -53,6 +53,10 @@ class TrainingError(UpcycleError):
     """Training cannot go on."""
 
 
+class RecordError(UpcycleError):
+    """The records of runs cannot be read, or do not answer the question."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """Return 'did you mean …?' for a `name` close to some of `known`, else None."""
     close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)

@@ -9,7 +9,7 @@ import pytest
 
 from upcycle.errors import SourceError
 from upcycle.tracking.record import Record, read_run
-from upcycle.tracking.schema import METRICS
+from upcycle.tracking.schema import METRICS, metric
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,3 +61,21 @@ def test_no_run(tmp_path: Path) -> None:
 def test_metric_names_are_unique_and_have_units() -> None:
     assert len({metric.name for metric in METRICS}) == len(METRICS)
     assert all(metric.unit and metric.meaning for metric in METRICS)
+
+
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [
+        ("val/loss", "val/loss"),
+        ("val/python/loss", "val/{domain}/loss"),
+        ("moe/layer_3/load", "moe/layer_{layer}/load"),
+    ],
+)
+def test_a_name_in_the_record_finds_its_metric(name: str, template: str) -> None:
+    found = metric(name)
+    assert found is not None
+    assert found.name == template
+
+
+def test_a_name_that_no_metric_has() -> None:
+    assert metric("val/losses") is None

@@ -159,7 +159,7 @@ def _step(line: str) -> float:
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
-    one, other = _flat(before), _flat(now)
+    one, other = flat(before), flat(now)
     differing = sorted(
         key for key in one.keys() | other.keys() if one.get(key) != other.get(key) and key not in NOT_COMPARED
     )
@@ -172,11 +172,12 @@ def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
-def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options by dotted path."""
+    paths: dict[str, Any] = {}
     for name, value in options.items():
         if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
+            paths |= flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
-    return flat
+            paths[prefix + name] = value
+    return paths

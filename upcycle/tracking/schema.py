@@ -5,10 +5,13 @@ Knows nothing else. A name with `{domain}` or `{layer}` stands for one metric pe
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 Reduction = Literal["last", "min", "max", "mean", "sum"]
+_PLACEHOLDER = re.compile(r"\{\w+\}")
+SCHEMA_VERSION = 1  # of run.json and metrics.jsonl; raised when what a name in them means changes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,3 +70,8 @@ METRICS = (
     _metric("moe/layer_{layer}/dense_cosine", "1", "last", "cosine of each expert to its dense shard, a list"),
     _metric("moe/layer_{layer}/group_cosine", "1", "last", "moe/group_cosine of one layer"),
 )
+
+
+def metric(name: str) -> Metric | None:
+    """The metric of the schema that a name in the record belongs to; None for a name that the schema does not know."""
+    return next((each for each in METRICS if re.fullmatch(_PLACEHOLDER.sub(".+", each.name), name)), None)

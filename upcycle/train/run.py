@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from upcycle.checkpoint import hash_files
 from upcycle.data.corpus import Corpus, build_corpus
 from upcycle.data.order import order_hash
 from upcycle.errors import ConfigError
@@ -15,6 +16,7 @@ from upcycle.load import load_dense
 from upcycle.routing.install import install_routers
 from upcycle.source import expanded
 from upcycle.tracking.record import CHECKPOINTS, MODEL, Record, surroundings
+from upcycle.tracking.schema import SCHEMA_VERSION
 from upcycle.train.checkpoints import LAST, read_checkpoint
 from upcycle.train.fit import device_of, fit
 from upcycle.train.flops import TRAINING_PASSES, forward_flops
@@ -84,6 +86,7 @@ def train(config: TrainConfig, *, on_start: Callable[[Run], Sequence[Callback]])
     run.record.create()
     _save_description(run.start, run.record.directory / MODEL)
     run.record.describe(
+        schema=SCHEMA_VERSION,
         status="running",
         config=asdict(config),
         **surroundings(),
@@ -92,6 +95,7 @@ def train(config: TrainConfig, *, on_start: Callable[[Run], Sequence[Callback]])
         kernel=run.kernel,
         data_hash=run.corpus.hash,
         order_hash=order_hash(run.corpus.order(config.seed), ORDER_HASHED),
+        source_sha256=_source_sha256(run.start, config.model),
         manifest=run.start.manifest,
     )
     try:
@@ -168,6 +172,14 @@ def _module(config: TrainConfig, start: Start, routing: Routing | None, steps: i
 
 def _resumed(checkpoint: Path) -> int:
     return int(read_checkpoint(checkpoint)["global_step"]) if checkpoint.exists() else 0
+
+
+def _source_sha256(start: Start, model: str) -> dict[str, str] | None:
+    """Of the dense files whose weights training started from, by name; None where there are none."""
+    known: dict[str, str] | None = start.manifest.get("source", {}).get("sha256")
+    if known or start.source is None or model == "scratch":
+        return known
+    return hash_files(start.source.files).result()
 
 
 def _save_description(start: Start, directory: Path) -> None:

@@ -109,13 +109,13 @@ def train(config: TrainConfig, *, on_start: Callable[[Run], Sequence[Callback]])
 
 def prepare_run(config: TrainConfig) -> Run:
     """Check the options, build model and data, and look at what is at the output; write nothing there."""
-    _check(config)
+    check_options(config)
     record = Record.open(expanded(config.output), config)
     start = start_model(config)
     device = device_of(config)
     kernel, routing = None, None
     if start.moe:
-        choice = install_kernel(start.model, config.kernel, device=device, dtype=_dtype(config.precision))
+        choice = install_kernel(start.model, config.kernel, device=device, dtype=compute_dtype(config.precision))
         kernel, routing = choice.name, install_routers(start.model, start.moe, config.router, config.balance)
     if config.activation_checkpointing:
         start.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -137,7 +137,12 @@ def prepare_run(config: TrainConfig) -> Run:
     )
 
 
-def _check(config: TrainConfig) -> None:
+def check_options(config: TrainConfig) -> None:
+    """Check what needs neither model nor data.
+
+    Raises:
+        ConfigError: naming the option.
+    """
     batch = config.batch
     micro = batch.micro or batch.sequences
     if batch.sequences < 1 or micro < 1 or batch.sequences % micro:
@@ -187,5 +192,6 @@ def _save_description(start: Start, directory: Path) -> None:
     start.tokenizer.save_pretrained(directory)
 
 
-def _dtype(precision: str) -> torch.dtype:
+def compute_dtype(precision: str) -> torch.dtype:
+    """The dtype that the matrices are multiplied in."""
     return torch.bfloat16 if precision == "bfloat16" else torch.float32

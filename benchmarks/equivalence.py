@@ -33,7 +33,7 @@ def main() -> None:
     options.work.mkdir(parents=True)
     try:
         source = smollm2(options.work / "smollm2", dtype="float32")
-        arms = OmegaConf.load(SWEEP).arms
+        arms = OmegaConf.load(SWEEP).sweep.arms
         chosen = [name for name in arms if any(part in name for part in options.only)]
         rows = [measure(name, list(arms[name]), source, options.work / "moe") for name in chosen]
     finally:

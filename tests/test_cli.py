@@ -25,6 +25,7 @@ DEFAULTS = {
     "inspect": "path: ???",
     "evaluate": "sequence_length: null",
     "train": "architecture: null",
+    "plan-sweep": "architecture: null",
     "export": "checkpoint: last",
 }
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 pytest_plugins = ("tiny",)
 ROOT = Path(__file__).parent.parent
-ARMS: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "sweeps/step0.yaml"))["arms"]
+ARMS: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "sweeps/step0.yaml").sweep.arms)
 ROWS = {row["case"]: row for row in json.loads((ROOT / "analysis/results/step0.json").read_text())["rows"]}
 SMOLLM2 = {
     "model_type": "llama",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from pydantic import TypeAdapter, ValidationError
 
 from upcycle.errors import ConfigError, UpcycleError, did_you_mean, near_misses
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 CONF = Path(__file__).parent / "conf"
 MULTIRUN = ("-m", "--multirun")
+BESIDE = ("hydra", "sweep")  # groups of a composed config that are not options of the command
+
+# What an arm needs to differ from a scale by a factor: `${times:${schedule.peak},0.3}`.
+OmegaConf.register_new_resolver("times", lambda one, other: one * other, replace=True)
 
 
 def literal_paths(options: Iterable[str], arguments: Sequence[str]) -> list[str]:
@@ -33,6 +38,23 @@ def literal_paths(options: Iterable[str], arguments: Sequence[str]) -> list[str]
 def is_sweep(arguments: Sequence[str]) -> bool:
     """Whether Hydra will run the command over several values."""
     return any(argument in MULTIRUN or argument.upper() == "HYDRA.MODE=MULTIRUN" for argument in arguments)
+
+
+def names_sweep(arguments: Sequence[str]) -> bool:
+    """Whether a multirun is over the arms of a file of `sweeps/`, which expands them itself.
+
+    Raises:
+        ConfigError: the file is named without a multirun.
+    """
+    named = any(argument.startswith("+sweeps=") for argument in arguments)
+    if named and not is_sweep(arguments) and not any(argument.startswith("-") for argument in arguments):
+        raise ConfigError("+sweeps=NAME is for a multirun", found="no -m", expected="-m +sweeps=NAME", remedy="add -m")
+    return named and is_sweep(arguments)
+
+
+def without_multirun(arguments: Sequence[str]) -> list[str]:
+    """The arguments without what asks for a multirun."""
+    return [argument for argument in arguments if not is_sweep([argument])]
 
 
 def _literal(argument: str, sweeping: bool) -> str:
@@ -73,6 +95,37 @@ def readable(error: Exception, command: str) -> str:
     if unknown:
         return str(_unknown_option(unknown[1], command))
     return "\n  ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def typed_options(kind: type, composed: DictConfig) -> Any:
+    """Merge a composed config into its frozen dataclass.
+
+    Raises:
+        ConfigError: a required option is missing, one is unknown, or a value has the wrong type.
+    """
+    own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key not in BESIDE])
+    missing = sorted(OmegaConf.missing_keys(own))
+    if missing:
+        raise _missing(missing[0])
+    plain: Any = OmegaConf.to_container(own, resolve=True)
+    try:
+        return TypeAdapter(kind).validate_python(plain)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        if first["type"] == "unexpected_keyword_argument":
+            raise ConfigError("unknown option", found=name, remedy="leave it out") from error
+        if first["type"].startswith("missing"):
+            raise _missing(name) from error
+        found = "null" if first["input"] is None else first["input"]
+        expected = first["msg"].removeprefix("Input should be ")
+        raise ConfigError(f"{name} is not valid", found=found, expected=expected) from error
+
+
+def _missing(name: str) -> ConfigError:
+    return ConfigError(
+        "a required option is missing", found="nothing", expected=f"{name}=…", remedy=f"add {name}=VALUE"
+    )
 
 
 def _unreadable(error: OverrideParseException) -> ConfigError:

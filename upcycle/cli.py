@@ -10,18 +10,26 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
 
 from upcycle import config as options
-from upcycle.arguments import CONF, MULTIRUN, is_sweep, literal_paths, quoted, readable
+from upcycle.arguments import (
+    CONF,
+    MULTIRUN,
+    is_sweep,
+    literal_paths,
+    names_sweep,
+    quoted,
+    readable,
+    typed_options,
+    without_multirun,
+)
 from upcycle.completion import complete
 from upcycle.errors import ConfigError, UpcycleError, did_you_mean
 from upcycle.evaluation import config as evaluation
@@ -30,6 +38,8 @@ from upcycle.train import config as training
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from omegaconf import DictConfig
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 EXPECTED_ERRORS = (UpcycleError, HydraException, OmegaConfBaseException, OSError)
@@ -41,14 +51,14 @@ class Command:
 
     Attributes:
         summary: one line for `upcycle --help`.
-        options: dataclass of its options.
+        options: dataclass of its options; None where the function takes the config as it is composed.
         function: "module:function" that takes the options and returns the exit status.
         paths: options that are paths, whose values are taken literally.
         positional: option that a bare first argument stands for.
     """
 
     summary: str
-    options: type
+    options: type | None
     function: str
     paths: tuple[str, ...]
     positional: str | None = None
@@ -79,6 +89,12 @@ COMMANDS = {
         function="upcycle.commands:train",
         paths=("source", "output", "tokenizer"),
     ),
+    "plan-sweep": Command(
+        summary="what a sweep would run and cost, and everything wrong with it",
+        options=None,
+        function="upcycle.sweep.command:show",
+        paths=("source", "output", "tokenizer"),
+    ),
     "export": Command(
         summary="a trained run as a Hugging Face checkpoint",
         options=training.ExportConfig,
@@ -99,6 +115,13 @@ COMMANDS = {
         positional="path",
     ),
 }
+
+SWEEP = Command(
+    summary="train over the arms and seeds of a sweep",
+    options=None,
+    function="upcycle.sweep.command:train",
+    paths=COMMANDS["train"].paths,
+)
 
 
 class _StandardError(logging.Handler):
@@ -164,6 +187,8 @@ def _stop_printing() -> None:
 
 def _run(name: str, arguments: Sequence[str], *, show_trace: bool) -> int:
     command, statuses = COMMANDS[name], list[int]()
+    if name == "train" and names_sweep(arguments):
+        command, arguments = SWEEP, without_multirun(arguments)
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
     def application(composed: DictConfig) -> None:
@@ -194,41 +219,10 @@ def _sweep_into(scratch: str, arguments: Sequence[str]) -> list[str]:
 
 
 def _execute(command: Command, composed: DictConfig) -> int:
-    typed = typed_options(command.options, composed)
+    given = typed_options(command.options, composed) if command.options else composed
     module, function = command.function.split(":")
     with Interruption():
-        return int(getattr(importlib.import_module(module), function)(typed))
-
-
-def typed_options(kind: type, composed: DictConfig) -> Any:
-    """Merge a composed config into its frozen dataclass.
-
-    Raises:
-        ConfigError: a required option is missing, one is unknown, or a value has the wrong type.
-    """
-    missing = sorted(key for key in OmegaConf.missing_keys(composed) if not key.startswith("hydra"))
-    if missing:
-        raise _missing(missing[0])
-    plain: Any = OmegaConf.to_container(composed, resolve=True)
-    plain.pop("hydra", None)
-    try:
-        return TypeAdapter(kind).validate_python(plain)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        if first["type"] == "unexpected_keyword_argument":
-            raise ConfigError("unknown option", found=name, remedy="leave it out") from error
-        if first["type"].startswith("missing"):
-            raise _missing(name) from error
-        found = "null" if first["input"] is None else first["input"]
-        expected = first["msg"].removeprefix("Input should be ")
-        raise ConfigError(f"{name} is not valid", found=found, expected=expected) from error
-
-
-def _missing(name: str) -> ConfigError:
-    return ConfigError(
-        "a required option is missing", found="nothing", expected=f"{name}=…", remedy=f"add {name}=VALUE"
-    )
+        return int(getattr(importlib.import_module(module), function)(given))
 
 
 def _command_name(given: str) -> str:
@@ -244,13 +238,13 @@ def _expand_positional(command: Command, arguments: Sequence[str]) -> list[str]:
     if not command.positional or not arguments or arguments[0].startswith(("-", "+", "~", "hydra")):
         return list(arguments)
     key, equals, _ = arguments[0].partition("=")
-    if equals and key in {field.name for field in fields(command.options)}:
+    if equals and command.options and key in {field.name for field in fields(command.options)}:
         return list(arguments)
     return [f"{command.positional}={quoted(arguments[0])}", *arguments[1:]]
 
 
 def _usage() -> str:
-    lines = [f"  {name:<9}{command.summary}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<12}{command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: upcycle COMMAND key=value ...",

@@ -1,0 +1,91 @@
+"""A sweep for people: what it will run and cost, and how its runs ended."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from upcycle.sweep.job import FINISHED, status_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from upcycle.sweep.plan import SweepPlan
+    from upcycle.sweep.run import Ending
+
+
+def plan_table(plan: SweepPlan, *, free: int) -> RenderableType:
+    """Question, arms with what one run of each takes, totals, and what is in the way.
+
+    Args:
+        plan: the sweep.
+        free: bytes free where the output goes.
+    """
+    sweep = plan.sweep
+    questions = Table(box=None, show_header=False, title=f"sweep {plan.name}", title_justify="left")
+    for label in ("question", "hypothesis", "published"):
+        questions.add_row(label, " ".join(getattr(sweep, label).split()))
+    arms = Table(box=box.SIMPLE)
+    arms.add_column("arm", overflow="fold")
+    for column in ("model", "M parameters", "steps", "M tokens", "FLOPs", "time"):
+        arms.add_column(column, justify="left" if column == "model" else "right")
+    for name, each in plan.estimates.items():
+        time = _time(each.flops / sweep.flops_per_second)
+        counts = (f"{each.parameters / 1e6:,.2f}", f"{each.steps:,}", f"{each.tokens / 1e6:,.3g}", f"{each.flops:.3g}")
+        arms.add_row(name, each.model, *counts, time)
+    return Group(questions, arms, *(Text(line) for line in _totals(plan, free)))
+
+
+def _totals(plan: SweepPlan, free: int) -> list[str]:
+    sweep = plan.sweep
+    finished = sum(status_of(job.directory) == FINISHED for job in plan.jobs)
+    lines = [
+        f"{len(plan.jobs)} runs ({len(plan.arms)} arms, seeds {', '.join(map(str, sweep.seeds))}), {finished} finished",
+        f"{plan.flops:.3g} FLOPs, {_time(plan.flops / sweep.flops_per_second)} one after the other at "
+        f"{sweep.flops_per_second:.3g} FLOP/s",
+        f"{plan.disk / 1e9:.2f} GB of checkpoints, {free / 1e9:.1f} GB free",
+    ]
+    conflicts = []
+    if plan.disk > free:
+        conflicts.append("conflict: too little space for the checkpoints")
+    return lines + conflicts
+
+
+def endings_table(plan: SweepPlan, ended: Sequence[Ending]) -> Table:
+    """The sweep's metric by arm and seed."""
+    table = Table(box=box.SIMPLE, title=f"{plan.name}: {plan.sweep.metric}", title_justify="left")
+    table.add_column("arm", overflow="fold")
+    for seed in plan.sweep.seeds:
+        table.add_column(f"seed {seed}", justify="right")
+    cells = defaultdict[str, list[str]](list)
+    for each in ended:
+        cells[each.job.arm].append(str(each.status) if each.value is None else f"{each.value:.4f}")
+    for arm in plan.arms:
+        table.add_row(arm.name, *cells[arm.name])
+    return table
+
+
+def unfinished(ended: Sequence[Ending]) -> str:
+    """The runs that did not finish, each with the last lines of what it printed; empty if all did."""
+    left = [each for each in ended if each.status != FINISHED]
+    if not left:
+        return ""
+    parts = [f"{len(left)} of {len(ended)} runs did not finish; the same command goes on with them:"]
+    for each in left:
+        parts.append(f"{each.job.arm}, seed {each.job.seed} ({each.status or 'not started'}): {each.job.directory}")
+        parts += [textwrap.indent(line, "  ") for line in each.error]
+    return "\n".join(parts)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:,.1f} h"

@@ -1,0 +1,110 @@
+"""Runs a sweep through any of Hydra's launchers, and says how its runs ended."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext, RunMode
+
+from upcycle.arguments import quoted
+from upcycle.checkpoint.files import replacing, write_all
+from upcycle.sweep.job import FINISHED, log_of, run_job, status_of
+from upcycle.sweep.plan import COMMAND
+from upcycle.tracking.record import read_run
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from upcycle.sweep.plan import Job, SweepPlan
+
+ERROR_LINES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How a run ended.
+
+    Attributes:
+        job: the run.
+        status: finished, interrupted, failed, running (it was killed) or None (it never began).
+        value: of the sweep's metric, if the run finished and has it.
+        error: the last lines of what a run that did not finish printed.
+    """
+
+    job: Job
+    status: str | None
+    value: float | None
+    error: tuple[str, ...]
+
+
+def run_sweep(plan: SweepPlan, *, output: Path, overrides: Sequence[str]) -> None:
+    """Run what has not finished. How each run ended is in its directory, whatever becomes of the launcher.
+
+    Args:
+        plan: the sweep.
+        output: directory of all runs.
+        overrides: the sweep's command line.
+
+    Raises:
+        Exception: what the launcher raises, such as for a job that its scheduler lost.
+    """
+    _write_index(plan, output)
+    waiting = [job for job in plan.jobs if status_of(job.directory) != FINISHED]
+    if waiting:
+        _launch(
+            [[*overrides, *job.overrides, *_as_job(job, f"{n} of {len(waiting)}")] for n, job in enumerate(waiting, 1)],
+            overrides=[*overrides, f"hydra.sweep.dir={quoted(str(output))}", "hydra.sweep.subdir=."],
+        )
+
+
+def endings(plan: SweepPlan) -> tuple[Ending, ...]:
+    """How the runs of a sweep ended, as their directories say."""
+    return tuple(_ending(job, plan.sweep.metric) for job in plan.jobs)
+
+
+def _as_job(job: Job, number: str) -> tuple[str, ...]:
+    label = quoted(f"{number}: {job.arm}, seed {job.seed}")
+    where = f"output={quoted(str(job.directory))}"
+    return (where, "resume=auto", "overwrite=false", "progress=false", f"+sweep.job={label}")
+
+
+def _launch(jobs: list[list[str]], *, overrides: list[str]) -> None:
+    hydra: Any = GlobalHydra.instance().hydra
+    config = hydra.compose_config(config_name=COMMAND, overrides=overrides, run_mode=RunMode.MULTIRUN)
+    from hydra._internal.callbacks import Callbacks
+
+    context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
+    launcher = Plugins.instance().instantiate_launcher(config=config, hydra_context=context, task_function=run_job)
+    launcher.launch(jobs, initial_job_idx=0)
+
+
+def _ending(job: Job, metric: str) -> Ending:
+    status, value = status_of(job.directory), None
+    if status == FINISHED:
+        value = read_run(job.directory)["summary"].get(metric)
+    error = () if status == FINISHED else _last_lines(log_of(job.directory))
+    return Ending(job=job, status=status, value=value, error=error)
+
+
+def _last_lines(log: Path) -> tuple[str, ...]:
+    if not log.exists():
+        return ()
+    lines = log.read_text(errors="replace").splitlines()
+    return tuple(line for line in lines if line.strip())[-ERROR_LINES:]
+
+
+def _write_index(plan: SweepPlan, output: Path) -> None:
+    """DIR/NAME.json: the question, and which directory is which arm with which seed; earlier ones stay named."""
+    path = output / f"{plan.name}.json"
+    earlier = json.loads(path.read_text())["runs"] if path.exists() else {}
+    now = {
+        job.directory.name: {"arm": job.arm, "seed": job.seed, "overrides": list(job.overrides)} for job in plan.jobs
+    }
+    content = {"sweep": plan.name, **asdict(plan.sweep), "runs": earlier | now}
+    with replacing(path) as descriptor:
+        write_all(descriptor, (json.dumps(content, indent=1) + "\n").encode(), path)

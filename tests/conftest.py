@@ -6,12 +6,11 @@ import functools
 from typing import TYPE_CHECKING
 
 import conversions
+import models
 import pytest
 import torch
 from hypothesis import settings
 from transformers.utils import logging
-
-import models
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -41,15 +41,8 @@ def is_sweep(arguments: Sequence[str]) -> bool:
 
 
 def names_sweep(arguments: Sequence[str]) -> bool:
-    """Whether a multirun is over the arms of a file of `sweeps/`, which expands them itself.
-
-    Raises:
-        ConfigError: the file is named without a multirun.
-    """
-    named = any(argument.startswith("+sweeps=") for argument in arguments)
-    if named and not is_sweep(arguments) and not any(argument.startswith("-") for argument in arguments):
-        raise ConfigError("+sweeps=NAME is for a multirun", found="no -m", expected="-m +sweeps=NAME", remedy="add -m")
-    return named and is_sweep(arguments)
+    """Whether a multirun is over the arms of a file of `sweeps/`, which expands them itself."""
+    return is_sweep(arguments) and any(argument.startswith("+sweeps=") for argument in arguments)
 
 
 def without_multirun(arguments: Sequence[str]) -> list[str]:

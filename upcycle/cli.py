@@ -34,6 +34,7 @@ from upcycle.completion import complete
 from upcycle.errors import ConfigError, UpcycleError, did_you_mean
 from upcycle.evaluation import config as evaluation
 from upcycle.interruption import Interruption
+from upcycle.tracking import config as tracking
 from upcycle.train import config as training
 
 if TYPE_CHECKING:
@@ -94,6 +95,13 @@ COMMANDS = {
         options=None,
         function="upcycle.sweep.command:show",
         paths=("source", "output", "tokenizer"),
+    ),
+    "sync": Command(
+        summary="send to W&B what is in the records of runs and not there yet",
+        options=tracking.SyncConfig,
+        function="upcycle.commands:sync",
+        paths=("path",),
+        positional="path",
     ),
     "export": Command(
         summary="a trained run as a Hugging Face checkpoint",
@@ -219,6 +227,8 @@ def _sweep_into(scratch: str, arguments: Sequence[str]) -> list[str]:
 
 
 def _execute(command: Command, composed: DictConfig) -> int:
+    if command.options and "question" in composed.get("sweep", {}):
+        raise ConfigError("+sweeps=NAME is for a multirun", found="no -m", expected="-m +sweeps=NAME", remedy="add -m")
     given = typed_options(command.options, composed) if command.options else composed
     module, function = command.function.split(":")
     with Interruption():

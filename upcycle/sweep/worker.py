@@ -31,7 +31,7 @@ def main() -> int:
 
 def _end_with_parent() -> None:
     """Standard input ends when the sweep's process does: save a checkpoint and stop, as at any SIGTERM."""
-    sys.stdin.buffer.read()
+    os.read(sys.stdin.fileno(), 1)  # not through a buffer, whose lock would be held when the interpreter ends
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -7,10 +7,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import models
 import pytest
 from omegaconf import OmegaConf
-
-import models
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,0 +1,88 @@
+"""`load_runs`: the records of many runs as one tidy frame."""
+
+# mypy: disable-error-code="import-untyped"
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from upcycle.analysis.records import RunRecord, read_records
+from upcycle.analysis.rows import read_rows
+from upcycle.errors import RecordError
+from upcycle.tracking.record import flat
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+_log = logging.getLogger("upcycle")
+# Facts about a run, besides its options, that stand in its rows.
+FACTS = ("status", "git_commit", "data_hash", "order_hash", "steps", "flops_per_step")
+
+
+def load_runs(*places: str | Path) -> pd.DataFrame:
+    """The records of all runs below some places: local run directories and W&B offline directories.
+
+    One row per run and step at which anything was logged. Columns:
+
+    - `run`, where it was found; `step`; `time`;
+    - every metric of the schema by its name, in its unit, empty where it was not logged; `train/tokens` and
+      `train/flops` stand in every row;
+    - every option by its path, such as `moe.top_k` or `seed`: numbers where all runs have numbers, else text;
+    - facts: `status`, `data_hash`, `order_hash`, `source_hash` (of the weights that training started from), `steps`
+      (of the budget), `flops_per_step`, `tokens_per_step`, `git_commit`.
+
+    Args:
+        places: directories of runs, or above them.
+
+    Returns:
+        The frame, by run and step.
+
+    Raises:
+        RecordError: no runs, a run of another project or version of the schema, a damaged row.
+        SourceError: a run.json is damaged.
+    """
+    records = []
+    for record in read_records(places):
+        if record.rows:
+            records.append(record)
+        else:
+            _log.warning("%s: nothing was logged yet; left out", record.name)
+    if not records:
+        raise RecordError("no run has logged anything yet", found=", ".join(map(str, places)))
+    run_S, rows = read_rows(records)
+    described = _described(records).take(run_S).reset_index(drop=True)
+    rows["train/tokens"] = rows["step"] * described["tokens_per_step"].astype(float)
+    rows["train/flops"] = rows["step"] * described["flops_per_step"].astype(float)
+    return pd.concat([described[["run"]], rows, described.drop(columns="run")], axis=1)
+
+
+def _described(records: Sequence[RunRecord]) -> pd.DataFrame:
+    """One row per run: its facts and options."""
+    described = pd.DataFrame([_facts(record) for record in records])
+    return pd.DataFrame({name: _typed(described[name]) for name in described})
+
+
+def _facts(record: RunRecord) -> dict[str, Any]:
+    content, options = record.content, record.content["config"]
+    sources = content.get("source_sha256")
+    facts = {name: content.get(name) for name in FACTS}
+    facts["tokens_per_step"] = options["batch"]["sequences"] * options["sequence_length"]
+    facts["source_hash"] = hashlib.sha256("".join(sorted(sources.values())).encode()).hexdigest() if sources else None
+    return {"run": record.name, **facts, **flat(options)}
+
+
+def _typed(column: pd.Series) -> pd.Series:
+    """Numbers and truth values as they are; everything else as text, stored once per value."""
+    if pd.api.types.is_numeric_dtype(column):
+        return column
+    return column.map(_text, na_action="ignore").astype("category")
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

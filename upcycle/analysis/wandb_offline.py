@@ -1,0 +1,69 @@
+"""Reads W&B offline directories with W&B's own `wandb leet inspect`, and undoes what the mirror did to the record."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from upcycle.errors import RecordError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+# W&B writes numbers that JSON lacks as text, and a histogram as three entries.
+_NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_HISTOGRAM, _NOT_LIST = ".values", ("._type", ".bins")
+_NOT_OPTIONS = ("run", "units", "_wandb")
+
+
+def read_offline(directory: Path) -> tuple[str, Mapping[str, Any], bytes]:
+    """Read an offline directory; all those of one W&B run, which was resumed, have one name.
+
+    Returns:
+        The run's name, the content of its run.json, and its rows as lines of JSON.
+
+    Raises:
+        RecordError: wandb is not installed, or cannot read the directory.
+    """
+    identity, status = "", None
+    config: dict[str, Any] = {}
+    rows = []
+    for record in _records(directory):
+        match record:
+            case {"type": "run", "run": run}:
+                identity = run["run_id"]
+                config |= run.get("config", {}).get("update", {})
+            case {"type": "config", "config": {"update": update}}:
+                config |= update
+            case {"type": "summary", "summary": {"update": {"status": str(said)}}}:
+                status = said
+            case {"type": "history", "history": {"item": item}}:
+                rows.append(json.dumps(_row(item)) + "\n")
+    options = {name: value for name, value in config.items() if name not in _NOT_OPTIONS}
+    content = {**config["run"], "config": options, "status": status} if isinstance(config.get("run"), dict) else {}
+    return str(directory.parent / identity), content, "".join(rows).encode()
+
+
+def _row(item: Mapping[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {"time": datetime.fromtimestamp(item["_timestamp"], UTC).isoformat()}
+    for name, value in item.items():
+        if not name.startswith("_") and not name.endswith(_NOT_LIST):
+            row[name.removesuffix(_HISTOGRAM)] = _NUMBERS.get(value, value) if isinstance(value, str) else value
+    return row
+
+
+def _records(directory: Path) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(directory)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise RecordError(
+            "the offline W&B run cannot be read",
+            found=f"{directory}: {ended.stderr.strip()}",
+            remedy="pip install 'wandb>=0.31'" if "No module named wandb" in ended.stderr else None,
+        )
+    return [json.loads(line) for line in ended.stdout.splitlines()]

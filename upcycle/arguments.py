@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -144,7 +146,8 @@ def _unknown_option(key: str, command: str) -> ConfigError:
 def _known_keys(command: str) -> Mapping[str, str]:
     """Every option of a command -> the choices of a group that have it, such as "init=drop"."""
     keys: dict[str, str] = {}
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+    running = GlobalHydra.instance().is_initialized()
+    with nullcontext() if running else hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         composed = hydra.compose(config_name=command)
     for name, value in composed.items_ex(resolve=False):
         key = str(name)

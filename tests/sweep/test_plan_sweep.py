@@ -1,0 +1,94 @@
+"""What is wrong with a sweep is said before anything starts; and what it will take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import questions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from cli import Outcome
+
+    Upcycle = Callable[..., Outcome]
+
+pytest_plugins = ("text_model", "tiny")
+LISTS = ("plan-sweep",), ("train", "-m")
+
+
+def test_counts(upcycle: Upcycle, text: Path, tmp_path: Path) -> None:
+    """Steps and FLOPs are those that the runs then record (test_run_sweep.py)."""
+    planned = upcycle("plan-sweep", *questions.shipped("layers", text), f"output={tmp_path}")
+    assert planned.status == 0, planned.err
+    assert "3 runs (3 arms, seeds 0), 0 finished" in planned.out
+    assert "arXiv 2212.05055" in planned.out
+    assert "conflict" not in planned.out
+
+
+def test_a_full_disk_is_a_conflict(upcycle: Upcycle, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upcycle.sweep.command._free", lambda _output: 1000)
+    assert "conflict: too little space" in upcycle("plan-sweep", *questions.shipped("layers", text)).out
+
+
+@pytest.mark.parametrize("command", LISTS, ids=" ".join)
+def test_every_invalid_arm_is_listed_and_nothing_starts(
+    command: tuple[str, ...], upcycle: Upcycle, text: Path, tmp_path: Path
+) -> None:
+    arms = {
+        "good": [],
+        "broken groups": ["moe.top_k=3"],
+        "no such init": ["init=magic"],
+        "routing": ["router.capacity_factor=-1"],
+        "unknown": ["balance.aux=1"],
+        "too short": ["budget.flops=1"],
+        "no source": ["source=nowhere"],
+    }
+    mine = questions.own(tmp_path / "mine", sweep={"arms": arms})
+    output = tmp_path / "runs"
+    refused = upcycle(*command, *mine, *questions.shipped("mine", text), f"output={output}")
+    refused.refused("6 of 7 arms are not valid, and nothing was started")
+    for name in arms:
+        assert (f"\n  {name}: " in refused.err) is (name != "good")
+    for said in ("multiple of granularity", "magic", "capacity_factor", "balance.aux", "less than one step", "nowhere"):
+        assert said in refused.err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        {"vary": {"moe.top_k": [2]}},
+        {"arms": {"one": ["init=copy", "moe.top_k=4"], "two": ["moe.top_k=4", "init=copy"]}},
+    ],
+)
+def test_identical_arms(sweep: dict[str, Any], upcycle: Upcycle, text: Path, tmp_path: Path) -> None:
+    mine = questions.own(tmp_path, sweep=sweep)
+    names = "baseline = top_k=2" if "vary" in sweep else "one = two"
+    upcycle("plan-sweep", *mine, *questions.shipped("mine", text)).refused("arms are identical", found=names)
+
+
+def test_an_unknown_sweep(upcycle: Upcycle) -> None:
+    for command in LISTS:
+        upcycle(*command, "+sweeps=router_ordr", "scale=smoke", "output=x").refused(
+            "unknown value for sweeps", found="router_ordr", remedy="did you mean router_order"
+        )
+
+
+def test_what_a_sweep_needs(upcycle: Upcycle, text: Path, tmp_path: Path) -> None:
+    upcycle("plan-sweep", "scale=smoke").refused("there is no sweep")
+    upcycle("plan-sweep", "+sweeps=layers", "source=x").refused("a sweep needs a scale")
+    upcycle("plan-sweep", "+sweeps=layers", "scale=laptp").refused("unknown value for scale", remedy="laptop")
+    upcycle("train", "-m", *questions.shipped("layers", text)).refused("a required option is missing")
+    upcycle("train", *questions.shipped("layers", text), "output=x").refused("for a multirun", remedy="add -m")
+    mine = questions.own(tmp_path, sweep={"vary": {"moe.top_k": [4]}, "metric": "val/los"})
+    upcycle("plan-sweep", *mine, *questions.shipped("mine", text)).refused("sweep.metric is not a metric")
+    mine = questions.own(tmp_path, sweep={"vary": {"moe.top_k": [4]}, "seed": [0]})
+    upcycle("plan-sweep", *mine, *questions.shipped("mine", text)).refused("unknown option", found="seed")
+
+
+def test_a_scale_is_for_single_runs_too(upcycle: Upcycle) -> None:
+    composed = upcycle("train", "scale=laptop", "model=dense", "output=x", "--cfg", "job")
+    assert "flops: 8500000000000.0" in composed.out

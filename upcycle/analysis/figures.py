@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
-from upcycle.analysis.outcomes import FLOPS, measured
+from upcycle.analysis.outcomes import FLOPS, check_columns, measured
 from upcycle.analysis.statistics import t_estimate
 from upcycle.tracking import schema
 
@@ -49,6 +49,7 @@ def draw_curves(
     Raises:
         RecordError: a column or the metric is missing.
     """
+    check_columns(runs, against)
     rows = measured(runs, metric, arms)
     figure, axes = _figure()
     for (arm, group), style in zip(rows.groupby("arm"), _styles(), strict=False):

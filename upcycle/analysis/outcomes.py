@@ -20,6 +20,13 @@ SHARED = {"data": "data_hash", "order": "order_hash", "source": "source_hash"}
 ALLOWED = (*SHARED, "budget")
 
 
+def check_columns(runs: pd.DataFrame, *names: str) -> None:
+    """Raise RecordError for a column that is not there."""
+    for name in names:
+        if name not in runs.columns:
+            raise RecordError(f"no run has {name}", found=name, remedy=near_misses(name, runs.columns))
+
+
 def measured(runs: pd.DataFrame, metric: str, arms: str | Sequence[str]) -> pd.DataFrame:
     """The rows in which a metric was measured, with a column `arm`.
 
@@ -32,9 +39,7 @@ def measured(runs: pd.DataFrame, metric: str, arms: str | Sequence[str]) -> pd.D
         RecordError: a column is not there; a run never measured the metric.
     """
     paths = [arms] if isinstance(arms, str) else list(arms)
-    for name in (metric, *paths):
-        if name not in runs.columns:
-            raise RecordError(f"no run has {name}", found=name, remedy=near_misses(name, runs.columns))
+    check_columns(runs, metric, *paths)
     rows = runs[runs[metric].notna()]
     without = sorted(set(runs["run"]) - set(rows["run"]))
     if without:

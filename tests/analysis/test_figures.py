@@ -1,0 +1,109 @@
+"""Figures hold what their frames hold: every arm, its interval, units on the axes; and can be told apart in grey."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_rgb
+from written import write_arms
+
+from upcycle.analysis import compare, draw_comparison, draw_curves, draw_frontier, frontier, load_runs
+from upcycle.analysis.figures import COLOURS
+from upcycle.errors import RecordError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+ENDS = {"exact": [3.0, 3.1, 2.9], "none": [3.3, 3.2, 3.22], "paper": [2.8, 2.95, 2.71]}
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> pd.DataFrame:
+    return load_runs(write_arms(tmp_path, ENDS))
+
+
+def saved(figure: Figure) -> bytes:
+    stream = BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
+
+
+def test_curves(runs: pd.DataFrame) -> None:
+    figure = draw_curves(runs, arms="init.scaling")
+    (axes,) = figure.axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("train/flops (FLOP)", "val/loss (nats/token)")
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(ENDS)
+    for line, ends in zip(axes.lines, ENDS.values(), strict=True):
+        assert line.get_xdata().tolist() == [0, 1000, 2000]
+        assert line.get_ydata()[-1] == pytest.approx(np.mean(ends))
+    bands = [each for each in axes.collections if isinstance(each, PolyCollection)]
+    points = frontier(runs, arms="init.scaling").groupby("arm")[["low", "high"]]
+    for band, (low, high) in zip(bands, zip(points.min()["low"], points.max()["high"], strict=True), strict=True):
+        heights = band.get_paths()[0].vertices[:, 1]
+        assert (heights.min(), heights.max()) == pytest.approx((low, high))
+    assert saved(figure)
+
+
+def test_curves_against_tokens_and_of_a_metric_without_unit(runs: pd.DataFrame) -> None:
+    frame = runs.assign(**{"moe/max_vio": 0.5})
+    (axes,) = draw_curves(frame, arms="init.scaling", metric="moe/max_vio", against="train/tokens").axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("train/tokens (tokens)", "moe/max_vio")
+    with pytest.raises(RecordError, match="did you mean train/tokens"):
+        draw_curves(frame, arms="init.scaling", against="tokens")
+
+
+def test_arms_differ_in_colour_marker_and_line(runs: pd.DataFrame) -> None:
+    (axes,) = draw_curves(runs, arms="init.scaling").axes
+    for of in ("get_color", "get_marker", "get_linestyle"):
+        assert len({getattr(line, of)() for line in axes.lines}) == len(ENDS)
+
+
+def lightness(colour: str) -> float:
+    """CIE L* of a colour on the screen, 0 to 100."""
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in to_rgb(colour)]
+    luminance = float(np.dot([0.2126, 0.7152, 0.0722], linear))
+    return 116 * luminance ** (1 / 3) - 16 if luminance > 0.008856 else 903.3 * luminance
+
+
+def test_colours_stand_out_from_white() -> None:
+    """Every colour is at least 25 of 100 darker than the page; yellow, which was left out, is not."""
+    assert max(map(lightness, COLOURS)) < 75
+    assert lightness("#F0E442") > 75
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_a_comparison(runs: pd.DataFrame, seeds: int) -> None:
+    compared = compare(runs[runs["seed"] < seeds], arms="init.scaling", baseline="exact")
+    figure = draw_comparison(compared)
+    (axes,) = figure.axes
+    labels = [text.get_text() for text in axes.get_yticklabels()]
+    verdict = {1: "underpowered", 3: "lower"}[seeds]
+    assert labels[1] == f"paper\nn = {seeds}, {verdict}"
+    assert "difference from the baseline (%)" in axes.get_xlabel()
+    assert len(axes.containers) == len(compared)
+    if seeds == 3:
+        for drawn, row in zip(axes.containers, compared.itertuples(), strict=True):
+            ends = drawn.lines[2][0].get_segments()[0][:, 0]
+            assert sorted(ends) == pytest.approx([row.percent_low, row.percent_high])
+    assert saved(figure)
+
+
+@pytest.mark.parametrize("with_sunk", [False, True])
+def test_a_frontier(runs: pd.DataFrame, with_sunk: bool) -> None:
+    points = frontier(runs, arms="init.scaling", sunk_flops=5000.0)
+    figure = draw_frontier(points, with_sunk=with_sunk)
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "train/flops (FLOP)" + (", with the dense model's" if with_sunk else "")
+    assert axes.get_ylabel() == "val/loss (nats/token)"
+    front = next(line for line in axes.lines if line.get_label() == "Pareto set")
+    offset = 5000 if with_sunk else 0
+    assert front.get_xdata().tolist() == [offset, 1000 + offset, 2000 + offset]
+    assert front.get_ydata()[-1] == pytest.approx(np.mean(ENDS["paper"]))
+    assert saved(figure)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from upcycle.config import ConvertConfig, InspectConfig, PlanConfig, VerifyConfig
     from upcycle.evaluation.config import EvaluateConfig
     from upcycle.prepare import Conversion
+    from upcycle.tracking.config import SyncConfig
     from upcycle.train.config import ExportConfig, TrainConfig
     from upcycle.train.run import Run
 
@@ -107,6 +108,19 @@ def train(config: TrainConfig) -> int:
     finished = run(config, on_start=on_start)
     Console().print(summary(finished))
     return 0
+
+
+def sync(config: SyncConfig) -> int:
+    """`upcycle sync`: print which runs are at W&B; 1 if something could not be sent."""
+    from upcycle.tracking.wandb_sync import sync as run
+
+    runs = run(config)
+    for each in runs:
+        if each.error:
+            print(f"unsent  {each.directory}: {each.unsent} of {each.rows} rows: {each.error}")
+        else:
+            print(f"sent    {each.directory}: {each.rows} rows, {each.url}")
+    return 1 if any(each.error for each in runs) else 0
 
 
 def export(config: ExportConfig) -> int:

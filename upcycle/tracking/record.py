@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 RUN, METRICS, CHECKPOINTS, MODEL = "run.json", "metrics.jsonl", "checkpoints", "model"
 PACKAGES = ("upcycle", "torch", "lightning", "transformers")
 # Options that change where a run is and what is seen of it, but no number in it.
-NOT_COMPARED = ("output", "resume", "overwrite", "progress", "workers", "checkpoint_every", "peak_flops")
+NOT_COMPARED = ("output", "resume", "overwrite", "progress", "workers", "checkpoint_every", "peak_flops", "wandb")
 
 
 class Record:
@@ -46,7 +46,7 @@ class Record:
 
     def __init__(self, directory: Path, *, overwrite: bool = False) -> None:
         self.directory = directory
-        self._overwrite = overwrite
+        self.overwrite = overwrite
         self.last: dict[str, Any] = {}
         self._content: dict[str, Any] = {}
 
@@ -59,7 +59,7 @@ class Record:
             ConfigError: the run that is there was started with other options.
         """
         record = cls(directory, overwrite=config.overwrite and (directory / RUN).is_file())
-        if record._overwrite:
+        if record.overwrite:
             return record
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             if config.resume != "auto" or not (directory / RUN).is_file():
@@ -78,7 +78,7 @@ class Record:
             OutputError: the place is not writable.
         """
         with output_errors(self.directory):
-            if self._overwrite and self.directory.exists():
+            if self.overwrite and self.directory.exists():
                 shutil.rmtree(self.directory)
             (self.directory / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
 
@@ -161,7 +161,9 @@ def _step(line: str) -> float:
 def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
     one, other = flat(before), flat(now)
     differing = sorted(
-        key for key in one.keys() | other.keys() if one.get(key) != other.get(key) and key not in NOT_COMPARED
+        key
+        for key in one.keys() | other.keys()
+        if one.get(key) != other.get(key) and key.partition(".")[0] not in NOT_COMPARED
     )
     if differing:
         raise ConfigError(

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from upcycle.config import STRICT, InitConfig, MoeConfig
 from upcycle.data.config import DataConfig
 from upcycle.routing.config import BalanceConfig, RouterConfig
+from upcycle.tracking.config import WandbConfig
 
 ModelKind = Literal["dense", "upcycle", "scratch", "checkpoint"]
 
@@ -149,6 +150,7 @@ class TrainConfig:
         peak_flops: FLOP/s that MFU is measured against; null leaves MFU out.
         workers: processes that read data.
         progress: show a progress bar.
+        wandb: the mirror of the record at Weights & Biases.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = STRICT
@@ -186,6 +188,7 @@ class TrainConfig:
     peak_flops: float | None
     workers: int
     progress: bool
+    wandb: WandbConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,14 @@ from upcycle.kernels.select import install_kernel
 from upcycle.load import load_dense
 from upcycle.routing.install import install_routers
 from upcycle.source import expanded
+from upcycle.tracking.claim import claimed
 from upcycle.tracking.record import CHECKPOINTS, MODEL, Record, surroundings
 from upcycle.tracking.schema import SCHEMA_VERSION
+from upcycle.tracking.wandb_training import TrainingMirror
 from upcycle.train.checkpoints import LAST, read_checkpoint
 from upcycle.train.fit import device_of, fit
 from upcycle.train.flops import TRAINING_PASSES, forward_flops
+from upcycle.train.mirroring import Mirroring
 from upcycle.train.models import Start, start_model
 from upcycle.train.module import TrainingModule
 from upcycle.train.schedule import budget_steps, check_schedule
@@ -83,28 +86,38 @@ def train(config: TrainConfig, *, on_start: Callable[[Run], Sequence[Callback]])
     """
     run = prepare_run(config)
     callbacks = on_start(run)
+    mirror = TrainingMirror(run.record, config.wandb)
     run.record.create()
-    _save_description(run.start, run.record.directory / MODEL)
+    with claimed(run.record.directory):
+        _describe(run)
+        with mirror:
+            try:
+                status = fit(run, [*callbacks, Mirroring(mirror.update)])
+            except BaseException as error:
+                run.record.describe(status="failed", error=str(error))
+                raise
+            run.record.describe(status=status, summary=run.record.last)
+    return run
+
+
+def _describe(run: Run) -> None:
+    """Write what is known of a run before its first step."""
+    directory = run.record.directory / MODEL
+    run.start.model.config.save_pretrained(directory)
+    run.start.tokenizer.save_pretrained(directory)
     run.record.describe(
         schema=SCHEMA_VERSION,
         status="running",
-        config=asdict(config),
+        config=asdict(run.config),
         **surroundings(),
         steps=run.steps,
         flops_per_step=run.flops_per_step,
         kernel=run.kernel,
         data_hash=run.corpus.hash,
-        order_hash=order_hash(run.corpus.order(config.seed), ORDER_HASHED),
-        source_sha256=_source_sha256(run.start, config.model),
+        order_hash=order_hash(run.corpus.order(run.config.seed), ORDER_HASHED),
+        source_sha256=_source_sha256(run.start, run.config.model),
         manifest=run.start.manifest,
     )
-    try:
-        status = fit(run, callbacks)
-    except BaseException as error:
-        run.record.describe(status="failed", error=str(error))
-        raise
-    run.record.describe(status=status, summary=run.record.last)
-    return run
 
 
 def prepare_run(config: TrainConfig) -> Run:
@@ -185,11 +198,6 @@ def _source_sha256(start: Start, model: str) -> dict[str, str] | None:
     if known or start.source is None or model == "scratch":
         return known
     return hash_files(start.source.files).result()
-
-
-def _save_description(start: Start, directory: Path) -> None:
-    start.model.config.save_pretrained(directory)
-    start.tokenizer.save_pretrained(directory)
 
 
 def compute_dtype(precision: str) -> torch.dtype:

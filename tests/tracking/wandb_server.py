@@ -1,0 +1,149 @@
+"""A W&B server of this machine: accepts runs from the real client, and keeps what it is sent."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+KEY = "k" * 40
+ENTITY = "lab"
+
+
+@dataclass
+class Kept:
+    """A run at the server.
+
+    Attributes:
+        history: rows, in the order of their lines.
+        summary, config, project, group, tags: as the client last sent them.
+        artifacts: types of the artifacts that were asked for.
+        exit_code: of the last process that finished it.
+    """
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    project: str = ""
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    exit_code: int | None = None
+
+    def upsert(self, given: dict[str, Any]) -> None:
+        self.project = given["project"] or self.project
+        self.group = given["groupName"] or self.group
+        self.tags = given["tags"] or self.tags
+        self.config |= json.loads(given["config"] or "{}")
+
+    def stream(self, sent: dict[str, Any]) -> None:
+        for name, part in (sent.get("files") or {}).items():
+            lines = [json.loads(line) for line in part["content"]]
+            if name == "wandb-history.jsonl":
+                self.history[part["offset"] : part["offset"] + len(lines)] = lines
+            elif name == "wandb-summary.json":
+                self.summary = lines[-1]
+        self.exit_code = sent.get("exitcode", self.exit_code)
+
+
+@dataclass
+class Server:
+    """What the server keeps, and how it answers.
+
+    Attributes:
+        url: where it listens.
+        runs: by id.
+        status: of every answer; nothing is kept unless it is 200.
+    """
+
+    url: str
+    runs: dict[str, Kept] = field(default_factory=dict)
+    status: int = 200
+
+    def answer(self, path: str, body: bytes) -> dict[str, Any]:
+        if path == "/graphql":
+            asked = json.loads(body)
+            operation = getattr(self, str(asked["operationName"]), lambda _variables: {})
+            return {"data": operation(asked["variables"])}
+        if path.endswith("/file_stream"):
+            self.runs[path.split("/")[-2]].stream(json.loads(body))
+        return {}
+
+    def UpsertBucket(self, variables: dict[str, Any]) -> dict[str, Any]:
+        name = variables["name"]
+        inserted = name not in self.runs
+        self.runs.setdefault(name, Kept()).upsert(variables)
+        return {"upsertBucket": {"bucket": self._bucket(name), "inserted": inserted}}
+
+    def RunResumeStatus(self, variables: dict[str, Any]) -> dict[str, Any]:
+        name = variables["name"]
+        return {"model": {**self._project(""), "bucket": self._bucket(name) if name in self.runs else None}}
+
+    def CreateRunFiles(self, variables: dict[str, Any]) -> dict[str, Any]:
+        files = [{"name": name, "uploadUrl": f"{self.url}/files/{name}"} for name in variables["files"]]
+        return {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": files}}
+
+    def _bucket(self, name: str) -> dict[str, Any]:
+        run = self.runs[name]
+        return {
+            "id": name,
+            "name": name,
+            "displayName": name,
+            "description": "",
+            "config": json.dumps(run.config),
+            "sweepName": None,
+            "project": self._project(run.project),
+            "summaryMetrics": json.dumps(run.summary),
+            "logLineCount": 0,
+            "historyLineCount": len(run.history),
+            "eventsLineCount": 0,
+            "historyTail": json.dumps([json.dumps(row) for row in run.history[-1:]]),
+            "eventsTail": json.dumps(["{}"]),
+            "tags": run.tags,
+            "notes": "",
+            "wandbConfig": json.dumps({"t": 1}),
+        }
+
+    def _project(self, name: str) -> dict[str, Any]:
+        return {"id": name, "name": name, "entity": {"id": ENTITY, "name": ENTITY}}
+
+
+@contextmanager
+def serving() -> Iterator[Server]:
+    """A server on a free port, until the context ends."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: Any) -> None:
+            """Silent."""
+
+        def respond(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            answer = json.dumps(server.answer(self.path, body) if server.status == 200 else {}).encode()
+            self.send_response(server.status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        do_GET = do_POST = do_PUT = respond
+
+    class Quiet(ThreadingHTTPServer):
+        def handle_error(self, *_: Any) -> None:
+            """The client drops connections as it ends."""
+
+    with Quiet(("127.0.0.1", 0), Handler) as listening:
+        server = Server(url=f"http://127.0.0.1:{listening.server_port}")
+        thread = Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            listening.shutdown()
+            thread.join()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from upcycle.analysis.outcomes import label
 from upcycle.analysis.records import RunRecord, read_records
 from upcycle.analysis.rows import read_rows
 from upcycle.errors import RecordError
@@ -85,4 +86,4 @@ def _typed(column: pd.Series) -> pd.Series:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return json.dumps(value) if isinstance(value, list | dict) else label(value)

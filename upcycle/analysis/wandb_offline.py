@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 # W&B writes numbers that JSON lacks as text, and a histogram as three entries.
 _NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _HISTOGRAM, _NOT_LIST = ".values", ("._type", ".bins")
-_NOT_OPTIONS = ("run", "units", "_wandb")
 
 
 def read_offline(directory: Path) -> tuple[str, Mapping[str, Any], bytes]:
@@ -30,22 +29,17 @@ def read_offline(directory: Path) -> tuple[str, Mapping[str, Any], bytes]:
     Raises:
         RecordError: wandb is not installed, or cannot read the directory.
     """
-    identity, status = "", None
-    config: dict[str, Any] = {}
-    rows = []
+    identity, rows = "", []
+    content: dict[str, Any] = {}
     for record in _records(directory):
         match record:
             case {"type": "run", "run": run}:
                 identity = run["run_id"]
-                config |= run.get("config", {}).get("update", {})
-            case {"type": "config", "config": {"update": update}}:
-                config |= update
+                content |= run.get("config", {}).get("update", {})
             case {"type": "summary", "summary": {"update": {"status": str(said)}}}:
-                status = said
+                content["status"] = said
             case {"type": "history", "history": {"item": item}}:
                 rows.append(json.dumps(_row(item)) + "\n")
-    options = {name: value for name, value in config.items() if name not in _NOT_OPTIONS}
-    content = {**config["run"], "config": options, "status": status} if isinstance(config.get("run"), dict) else {}
     return str(directory.parent / identity), content, "".join(rows).encode()
 
 

@@ -1,0 +1,136 @@
+"""`load_runs` on the records of a large sweep: 500 runs of 2,000 rows.
+
+    python benchmarks/load_runs.py [--runs 500] [--rows 2000] [--layers 2] [--experts 8] [--output FILE]
+
+The rows are those of a MoE at laptop scale with cheap metrics, written by the record's own writer; every tenth is a
+validation. Reading happens in a fresh process, once after the files have been written, so that they are in the page
+cache, and with imports left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import environment
+from hydra import compose, initialize_config_dir
+
+from upcycle.analysis import load_runs
+from upcycle.arguments import CONF
+from upcycle.cli import typed_options
+from upcycle.routing.statistics import RoutingSums
+from upcycle.tracking.record import METRICS, Record
+from upcycle.tracking.schema import SCHEMA_VERSION
+from upcycle.train.config import TrainConfig
+from upcycle.train.metrics import routing_row
+
+LIMIT = 5.0  # seconds for the default size
+
+
+def write_runs(root: Path, given: argparse.Namespace) -> int:
+    """Write the records, and return their size in bytes."""
+    overrides = ["model=upcycle", "source=dense", "output=run", "moe.expansion=8", "moe.granularity=1", "moe.top_k=1"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = asdict(typed_options(TrainConfig, compose("train", overrides=[*overrides, "budget.steps=20000"])))
+    lines = rows(given)
+    for run in range(given.runs):
+        record = Record(root / f"{run:05}")
+        record.create()
+        seed, peak = run % 5, 1e-3 * (1 + run // 5)
+        record.describe(
+            schema=SCHEMA_VERSION,
+            status="finished",
+            config={**config, "seed": seed, "schedule": {**config["schedule"], "peak": peak}},
+            steps=given.rows,
+            flops_per_step=10**10,
+            data_hash="d" * 64,
+            order_hash=f"{seed:064}",
+            source_sha256={"model.safetensors": "a" * 64},
+            git_commit=None,
+        )
+        (record.directory / METRICS).write_text(lines)
+    return sum(file.stat().st_size for file in root.rglob("*.json*"))
+
+
+def rows(given: argparse.Namespace) -> str:
+    """The rows of one run, as text."""
+    generator = torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as directory:
+        record = Record(Path(directory))
+        for row in range(given.rows):
+            step = 10 * (row + 1)
+            loss = float(torch.rand((), generator=generator))
+            if row % 10 == 9:
+                validation = {"val/loss": loss, "val/perplexity": loss, "val/python/loss": loss}
+                record.log({**validation, "val/python/nats_per_byte": loss}, step=step - 10)
+            else:
+                record.log(training_row(loss, step, given, generator), step=step)
+        return (Path(directory) / METRICS).read_text()
+
+
+def training_row(loss: float, step: int, given: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
+    load_LN = torch.randint(1, 1000, (given.layers, given.experts), generator=generator)
+    tokens_L = load_LN.sum(-1)
+    sums = RoutingSums(
+        load=load_LN, tokens=tokens_L, dropped=tokens_L * 0, entropy=tokens_L * loss, mass=tokens_L * loss / 3
+    )
+    names = ("loss", "perplexity", "aux_loss", "z_loss", "grad_norm", "learning_rate", "step_seconds")
+    return {
+        **{f"train/{name}": loss / (1 + place) for place, name in enumerate(names)},
+        "train/tokens": step * 4096,
+        "train/flops": step * 10**10,
+        "train/tokens_per_second": 1e4 * loss,
+        **routing_row(sums, tuple(range(given.layers))),
+    }
+
+
+def timed(root: Path) -> dict[str, Any]:
+    """Load, and say how long it took and what came."""
+    start, start_cpu = time.perf_counter(), time.process_time()
+    frame = load_runs(root)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+    size = int(frame.memory_usage(deep=True).sum())
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "rows": len(frame),
+        "columns": len(frame.columns),
+        "bytes": size,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=500)
+    parser.add_argument("--rows", type=int, default=2000, help="per run")
+    parser.add_argument("--layers", type=int, default=2, help="MoE layers")
+    parser.add_argument("--experts", type=int, default=8, help="per layer")
+    parser.add_argument("--output", type=Path, help="JSON file for the result")
+    given = parser.parse_args()
+    root = Path(tempfile.mkdtemp(prefix="load-runs-"))
+    try:
+        written = write_runs(root, given)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            found = pool.submit(timed, root).result()
+    finally:
+        shutil.rmtree(root)
+    result = {"runs": given.runs, "rows_per_run": given.rows, "written_bytes": written, **found}
+    print(json.dumps(result, indent=2))
+    if given.output:
+        given.output.write_text(json.dumps({"environment": environment(), **result}, indent=2) + "\n")
+    if given.runs * given.rows >= 10**6 and found["seconds"] > LIMIT:
+        sys.exit(f"over the limit of {LIMIT} s")
+
+
+if __name__ == "__main__":
+    main()

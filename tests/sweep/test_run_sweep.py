@@ -1,0 +1,146 @@
+"""Sweeps that finish: what is finished is skipped, what was killed goes on, what fails costs nothing but itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import questions
+from cli import command
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from cli import Outcome
+
+pytest_plugins = ("text_model", "tiny")
+DEADLINE = 120  # seconds
+
+
+def steps(run: Path) -> list[int]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [row["step"] for row in map(json.loads, lines) if "train/loss" in row]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_shipped_sweep_runs_and_is_not_run_again(upcycle: Callable[..., Outcome], text: Path, tmp_path: Path) -> None:
+    given = ("train", "-m", *questions.shipped("layers", text), f"output={tmp_path / 'runs'}")
+    first = upcycle(*given)
+    assert first.status == 0, first.out + first.err
+    runs = questions.runs(tmp_path / "runs", "layers")
+    assert list(runs) == ["baseline", "layers=every_2", "layers=[0]"]
+    for arm, run in runs.items():
+        record = json.loads((run / "run.json").read_text())
+        assert record["status"] == "finished"
+        assert record["config"]["moe"]["layers"] == {"baseline": "all", "layers=[0]": [0]}.get(arm, "every_2")
+        assert f"{record['summary']['val/loss']:.4f}" in first.out
+        flops = f"{record['summary']['train/flops']:.3g}"
+        # What the plan said before: steps of every arm, in its row.
+        assert re.search(rf" {record['steps']} +[\d.e-]+ +{re.escape(flops)}", first.err)
+    before = {run: (run / "run.json").stat().st_mtime_ns for run in runs.values()}
+    again = upcycle(*given)
+    assert again.status == 0
+    assert again.out == first.out
+    assert "3 finished" in again.err
+    assert {run: (run / "run.json").stat().st_mtime_ns for run in runs.values()} == before
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_stood(upcycle: Callable[..., Outcome], text: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle of the second run: the first is kept, the second resumes, the others start."""
+    output = tmp_path / "runs"
+    given = ["train", "-m", *questions.shipped("capacity", text), f"output={output}", "budget.flops=2e10"]
+    with (tmp_path / "log").open("wb") as log:
+        sweep = subprocess.Popen(command(*given), stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
+
+    def in_the_second() -> bool:
+        assert sweep.poll() is None
+        index = output / "capacity.json"
+        second = list(questions.runs(output, "capacity").values())[1] if index.exists() else None
+        return bool(second and (second / "checkpoints/last.ckpt").exists())
+
+    wait_for(in_the_second)
+    os.kill(sweep.pid, signal.SIGKILL)
+    sweep.wait()
+    first, second, third, _ = questions.runs(output, "capacity").values()
+    wait_for(lambda: questions.status(second) != "running")
+    assert (questions.status(first), questions.status(third)) == ("finished", None)
+    kept, reached = (first / "run.json").stat().st_mtime_ns, steps(second)
+    again = upcycle(*given)
+    assert again.status == 0, again.out + again.err
+    assert (first / "run.json").stat().st_mtime_ns == kept
+    assert [questions.status(run) for run in questions.runs(output, "capacity").values()] == ["finished"] * 4
+    assert steps(second)[: len(reached)] == reached
+    assert steps(second) == list(range(1, len(steps(first)) + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "retries"),
+    [
+        ([], 1),
+        (["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], 0),
+        (["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"], 0),
+    ],
+    ids=["serial", "joblib", "submitit"],
+)
+def test_a_failure_costs_only_itself(
+    launcher: list[str], retries: int, upcycle: Callable[..., Outcome], text: Path, tmp_path: Path
+) -> None:
+    """A learning rate that makes the loss infinite: tried again as often as asked, then listed with its last words."""
+    arms: dict[str, Any] = {"explodes": ["schedule.peak=1e30", "optim.clip=null"], "works": []}
+    mine = questions.own(tmp_path, sweep={"arms": arms})
+    given = [
+        *mine,
+        *questions.shipped("mine", text),
+        f"output={tmp_path / 'runs'}",
+        f"sweep.retries={retries}",
+        *launcher,
+    ]
+    ended = upcycle("train", "-m", *given)
+    assert ended.status == 1
+    runs = questions.runs(tmp_path / "runs", "mine")
+    assert {arm: questions.status(run) for arm, run in runs.items()} == {"explodes": "failed", "works": "finished"}
+    assert "1 of 2 runs did not finish; the same command goes on with them:" in ended.out
+    assert f"\nexplodes, seed 0 (failed): {runs['explodes']}\n" in ended.out
+    last_words = ended.out[ended.out.index(str(runs["explodes"])) :]
+    assert "finite" in last_words
+    log = runs["explodes"].with_name(runs["explodes"].name + ".log").read_text()
+    assert log.count("lower schedule.peak") == 1 + retries
+
+
+BEGIN_AND_DIE = """
+import json, os, pathlib, signal, sys
+pathlib.Path(json.loads(sys.stdin.readline())["output"]).mkdir()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_run_is_tried_again(
+    upcycle: Callable[..., Outcome], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the kernel kills for want of memory prints nothing: the signal is named. What had not begun is removed."""
+    monkeypatch.setattr("upcycle.sweep.job.WORKER", (sys.executable, "-c", BEGIN_AND_DIE))
+    mine = questions.own(tmp_path, sweep={"arms": {"only": []}})
+    ended = upcycle(
+        "train", "-m", *mine, *questions.shipped("mine", text), f"output={tmp_path / 'runs'}", "sweep.retries=2"
+    )
+    assert ended.status == 1
+    (run,) = questions.runs(tmp_path / "runs", "mine").values()
+    assert run.with_name(run.name + ".log").read_text() == 3 * "killed by SIGKILL\n"
+    assert "only, seed 0 (not started)" in ended.out
+    assert "  killed by SIGKILL" in ended.out

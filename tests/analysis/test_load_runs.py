@@ -157,3 +157,20 @@ def test_an_index_of_runs_is_not_needed(tmp_path: Path) -> None:
     one, other = (load_runs(write_run(tmp_path / name, (4.0, 3.0))) for name in ("a", "b"))
     assert list(one.columns) == list(other.columns)
     assert len(pd.concat([one, other], ignore_index=True)) == 4
+
+
+def test_a_metric_that_changes_its_kind_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", (4.0,))
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 1, "val/loss": [1.0]}\n')
+    with pytest.raises(RecordError, match="do not fit together"):
+        load_runs(run)
+
+
+def test_whole_numbers_and_fractions_fit_together(tmp_path: Path) -> None:
+    """What is a list of whole numbers in one run is one of fractions in another."""
+    for name, values in (("a", "[1, 0]"), ("b", "[0.5, 0.5]")):
+        with (write_run(tmp_path / name, (4.0,)) / "metrics.jsonl").open("a") as stream:
+            stream.write(f'{{"step": 1, "moe/layer_0/load": {values}}}\n')
+    loads = load_runs(tmp_path)["moe/layer_0/load"]
+    assert loads.dropna().tolist() == [[1.0, 0.0], [0.5, 0.5]]

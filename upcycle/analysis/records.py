@@ -124,7 +124,7 @@ def _read(directory: Path, reader: Reader) -> RunRecord:
             expected=f"schema {SCHEMA_VERSION}",
             remedy="leave it out, or read it with the version of upcycle that wrote it",
         )
-    whole, newline, rest = rows.rpartition(b"\n")
-    if rest.strip():
+    if rows and not rows.endswith(b"\n"):
+        rows = rows[: rows.rfind(b"\n") + 1]
         _log.warning("%s: its last row is cut off and was skipped", directory)
-    return RunRecord(name=name, content=content, rows=whole + newline)
+    return RunRecord(name=name, content=content, rows=rows)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import time
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import pytest
 import training
 import wandb
 import wandb_records as made
+from cli import command
 from lightning.pytorch import Callback
 
+from upcycle.analysis.runs import load_runs
 from upcycle.tracking import wandb_mirror
 from upcycle.tracking.record import read_run
 
@@ -72,6 +77,33 @@ def test_experts_and_options_arrive(server: Server, train: Callable[..., Path], 
     loads = [row["moe/layer_0/load"] for row in kept.history if "moe/layer_0/load" in row]
     assert [len(load["values"]) for load in loads] == [4] * 6
     assert made.shown(kept.history) == made.rows(directory)
+
+
+def test_analysis_reads_the_mirror_as_the_record(client: pytest.MonkeyPatch, train: Callable[..., Path]) -> None:
+    directory = train("wandb.mode=offline", "model=upcycle", *training.SMALL_MOE)
+    record, mirror = (load_runs(*places).drop(columns="run") for places in ([directory], offline(directory)))
+    pd.testing.assert_frame_equal(record, mirror, check_like=True, check_dtype=False, check_categorical=False)
+
+
+def offline(directory: Path) -> list[Path]:
+    return sorted(directory.glob("wandb/offline-run-*"))
+
+
+def test_killed_and_started_again(client: pytest.MonkeyPatch, text: Path, text_model: Path, tmp_path: Path) -> None:
+    """SIGKILL at an arbitrary moment costs the mirror nothing and doubles nothing."""
+    output = tmp_path / "run"
+    given = ("model=dense", f"source={text_model}", f"output={output}", "resume=auto", "wandb.mode=offline")
+    line = command("train", *training.overrides(text), *given, "budget.steps=40", "validation.every=20")
+    started = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while started.poll() is None and not (output / "checkpoints" / "last.ckpt").exists():
+        time.sleep(0.01)
+    started.kill()
+    started.wait()
+    assert read_run(output)["status"] == "running"
+    subprocess.run(line, check=True, capture_output=True)
+    assert len(offline(output)) == 2
+    assert made.shown(made.offline_history(output)) == made.rows(output)
+    assert made.rows(output)[-1]["step"] == 40
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -41,7 +41,7 @@ def measured(runs: pd.DataFrame, metric: str, arms: str | Sequence[str]) -> pd.D
     paths = [arms] if isinstance(arms, str) else list(arms)
     check_columns(runs, metric, *paths)
     rows = runs[runs[metric].notna()]
-    without = sorted(set(runs["run"]) - set(rows["run"]))
+    without = sorted(set(runs["run"].unique()) - set(rows["run"].unique()))
     if without:
         raise RecordError(f"runs that never measured {metric}", found=", ".join(without), remedy="leave them out")
     named = [rows[path].astype(object).map(label) for path in paths]

@@ -26,6 +26,7 @@ DEFAULTS = {
     "evaluate": "sequence_length: null",
     "train": "architecture: null",
     "plan-sweep": "architecture: null",
+    "sync": "project: null",
     "export": "checkpoint: last",
 }
 

@@ -74,7 +74,7 @@ def readable(error: Exception, command: str) -> str:
     if isinstance(error, UpcycleError):
         return str(error)
     if isinstance(error, MissingConfigException) and error.options:
-        group, _, name = str(error.missing_cfg_file).partition("/")
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
         known = list(error.options)
         return str(
             ConfigError(

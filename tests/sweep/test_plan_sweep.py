@@ -82,6 +82,9 @@ def test_what_a_sweep_needs(upcycle: Upcycle, text: Path, tmp_path: Path) -> Non
     upcycle("plan-sweep", "+sweeps=layers", "source=x").refused("a sweep needs a scale")
     upcycle("plan-sweep", "+sweeps=layers", "scale=laptp").refused("unknown value for scale", remedy="laptop")
     upcycle("train", "-m", *questions.shipped("layers", text)).refused("a required option is missing")
+    upcycle("plan-sweep", *questions.shipped("layers", text), "hydra/launcher=nowhere").refused(
+        "unknown value for hydra/launcher", found="nowhere"
+    )
     upcycle("train", *questions.shipped("layers", text), "output=x").refused("for a multirun", remedy="add -m")
     mine = questions.own(tmp_path, sweep={"vary": {"moe.top_k": [4]}, "metric": "val/los"})
     upcycle("plan-sweep", *mine, *questions.shipped("mine", text)).refused("sweep.metric is not a metric")

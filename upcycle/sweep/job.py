@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 FINISHED, INTERRUPTED = "finished", "interrupted"
-WORKER = (sys.executable, "-m", "upcycle.sweep.worker")
+WORKER = (sys.executable, "-P", "-m", "upcycle.sweep.worker")
 
 
 def status_of(run: Path) -> str | None:

@@ -56,8 +56,12 @@ def run_sweep(plan: SweepPlan, *, output: Path, overrides: Sequence[str]) -> Non
     _write_index(plan, output)
     waiting = [job for job in plan.jobs if status_of(job.directory) != FINISHED]
     if waiting:
+        group = f"wandb.group={quoted(plan.name)}"  # first, so that the command line may name another
         _launch(
-            [[*overrides, *job.overrides, *_as_job(job, f"{n} of {len(waiting)}")] for n, job in enumerate(waiting, 1)],
+            [
+                [group, *overrides, *job.overrides, *_as_job(job, f"{n} of {len(waiting)}")]
+                for n, job in enumerate(waiting, 1)
+            ],
             overrides=[*overrides, f"hydra.sweep.dir={quoted(str(output))}", "hydra.sweep.subdir=."],
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 GROUP = "sweeps"
-_log = logging.getLogger("upcycle")
 
 
 def show(composed: DictConfig) -> int:
@@ -40,10 +38,7 @@ def train(composed: DictConfig) -> int:
     plan = _plan(composed, output, execute=True)
     Console(stderr=True).print(plan_table(plan, free=_free(output)))
     given = HydraConfig.get().overrides
-    try:
-        run_sweep(plan, output=output, overrides=[*given.task, *given.hydra])
-    except Exception as error:  # launchers raise what their schedulers raise; the runs' directories say what was done
-        _log.error("the launcher ended early: %s", " ".join(f"{type(error).__name__}: {error}".split()))
+    run_sweep(plan, output=output, overrides=given.task, launcher=given.hydra)
     ended = endings(plan)
     Console().print(endings_table(plan, ended))
     left = unfinished(ended)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from upcycle.sweep.plan import Job, SweepPlan
 
 ERROR_LINES = 5
+_log = logging.getLogger("upcycle")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,28 +45,24 @@ class Ending:
     error: tuple[str, ...]
 
 
-def run_sweep(plan: SweepPlan, *, output: Path, overrides: Sequence[str]) -> None:
+def run_sweep(plan: SweepPlan, *, output: Path, overrides: Sequence[str], launcher: Sequence[str]) -> None:
     """Run what has not finished. How each run ended is in its directory, whatever becomes of the launcher.
 
     Args:
         plan: the sweep.
         output: directory of all runs.
         overrides: the sweep's command line.
-
-    Raises:
-        Exception: what the launcher raises, such as for a job that its scheduler lost.
+        launcher: what of it is for Hydra.
     """
     _write_index(plan, output)
     waiting = [job for job in plan.jobs if status_of(job.directory) != FINISHED]
-    if waiting:
-        group = f"wandb.group={quoted(plan.name)}"  # first, so that the command line may name another
-        _launch(
-            [
-                [group, *overrides, *job.overrides, *_as_job(job, f"{n} of {len(waiting)}")]
-                for n, job in enumerate(waiting, 1)
-            ],
-            overrides=[*overrides, f"hydra.sweep.dir={quoted(str(output))}", "hydra.sweep.subdir=."],
-        )
+    group = f"wandb.group={quoted(plan.name)}"  # first, so that the command line may name another
+    jobs = [
+        [group, *overrides, *job.overrides, *_as_job(job, f"{n} of {len(waiting)}")] for n, job in enumerate(waiting, 1)
+    ]
+    if jobs:
+        where = (f"hydra.sweep.dir={quoted(str(output))}", "hydra.sweep.subdir=.")
+        _launch(jobs, overrides=[*overrides, *launcher, *where])
 
 
 def endings(plan: SweepPlan) -> tuple[Ending, ...]:
@@ -80,11 +79,12 @@ def _as_job(job: Job, number: str) -> tuple[str, ...]:
 def _launch(jobs: list[list[str]], *, overrides: list[str]) -> None:
     hydra: Any = GlobalHydra.instance().hydra
     config = hydra.compose_config(config_name=COMMAND, overrides=overrides, run_mode=RunMode.MULTIRUN)
-    from hydra._internal.callbacks import Callbacks
-
     context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
     launcher = Plugins.instance().instantiate_launcher(config=config, hydra_context=context, task_function=run_job)
-    launcher.launch(jobs, initial_job_idx=0)
+    try:
+        launcher.launch(jobs, initial_job_idx=0)
+    except Exception as error:  # what its scheduler raises, such as for a job that was lost; the others are not
+        _log.error("the launcher ended early: %s", " ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def _ending(job: Job, metric: str) -> Ending:

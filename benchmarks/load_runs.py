@@ -79,19 +79,21 @@ def rows(given: argparse.Namespace) -> str:
 
 
 def training_row(loss: float, step: int, given: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
+    names = ("loss", "perplexity", "aux_loss", "z_loss", "grad_norm", "learning_rate", "step_seconds")
+    training = {
+        **{f"train/{name}": loss / (1 + place) for place, name in enumerate(names)},
+        "train/tokens": step * 4096,
+        "train/flops": step * 10**10,
+        "train/tokens_per_second": 1e4 * loss,
+    }
+    if not given.layers:
+        return training
     load_LN = torch.randint(1, 1000, (given.layers, given.experts), generator=generator)
     tokens_L = load_LN.sum(-1)
     sums = RoutingSums(
         load=load_LN, tokens=tokens_L, dropped=tokens_L * 0, entropy=tokens_L * loss, mass=tokens_L * loss / 3
     )
-    names = ("loss", "perplexity", "aux_loss", "z_loss", "grad_norm", "learning_rate", "step_seconds")
-    return {
-        **{f"train/{name}": loss / (1 + place) for place, name in enumerate(names)},
-        "train/tokens": step * 4096,
-        "train/flops": step * 10**10,
-        "train/tokens_per_second": 1e4 * loss,
-        **routing_row(sums, tuple(range(given.layers))),
-    }
+    return training | routing_row(sums, tuple(range(given.layers)))
 
 
 def timed(root: Path) -> dict[str, Any]:
@@ -113,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=500)
     parser.add_argument("--rows", type=int, default=2000, help="per run")
-    parser.add_argument("--layers", type=int, default=2, help="MoE layers")
+    parser.add_argument("--layers", type=int, default=2, help="MoE layers; 0 for a dense model")
     parser.add_argument("--experts", type=int, default=8, help="per layer")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
     given = parser.parse_args()

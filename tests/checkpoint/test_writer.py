@@ -268,7 +268,7 @@ def test_a_parent_that_is_a_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("code", "remedy"),
-    [(errno.EACCES, "may write to"), (errno.EROFS, "writable file system"), (errno.ENOSPC, "resume=true")],
+    [(errno.EACCES, "may write to"), (errno.EROFS, "writable file system"), (errno.ENOSPC, "then resume")],
 )
 def test_the_file_system_refuses(tmp_path, tensors, monkeypatch, code, remedy):
     def refuse(*_args, **_kwargs):

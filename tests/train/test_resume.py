@@ -114,14 +114,15 @@ def test_sigkill(text: Path, text_model: Path, whole: Path, tmp_path: Path) -> N
     line = command(
         "train", *training.overrides(text), *STATEFUL, f"source={text_model}", f"output={output}", "resume=auto"
     )
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: sums depend on it
     for _ in range(2):
-        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread)
         before = len(lines(output))
         while len(lines(output)) < before + 2 and process.poll() is None:
             time.sleep(0.02)
         process.kill()
         process.wait()
-    ended = subprocess.run(line, capture_output=True, text=True, check=False)
+    ended = subprocess.run(line, capture_output=True, text=True, check=False, env=one_thread)
     assert ended.returncode == 0, ended.stderr
     assert_same(output, whole)
 

@@ -161,7 +161,7 @@ def test_plan_refuses_the_same(upcycle, source, bad):
 
 
 def test_commands(upcycle):
-    upcycle("convrt").refused("unknown command", "plan, convert, verify, inspect", found="convrt", remedy="convert?")
+    upcycle("convrt").refused("unknown command", "plan, convert, verify", found="convrt", remedy="convert?")
     upcycle("convert", "output=x").refused("a required option is missing", "source=", remedy="add source=VALUE")
     upcycle("convert", "source=x").refused("a required option is missing", "output=", remedy="add output=VALUE")
     upcycle("convert", "source=x", "output=null").refused("output is not valid", "a valid string", found="null")
@@ -335,7 +335,7 @@ def test_dtype_that_a_source_without_weights_cannot_give(upcycle, source):
 
 def test_calibration_without_a_tokenizer(convert):
     outcome = convert("init.scaling=calibrated")
-    outcome.refused("the source has no tokenizer", found="source", remedy="add the tokenizer files")
+    outcome.refused("there is no tokenizer", found="source", remedy="add the tokenizer files")
 
 
 def to_pickle(source: Path) -> None:

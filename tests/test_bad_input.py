@@ -161,7 +161,7 @@ def test_plan_refuses_the_same(upcycle, source, bad):
 
 
 def test_commands(upcycle):
-    upcycle("convrt").refused("unknown command", "plan, convert, verify", found="convrt", remedy="convert?")
+    upcycle("convrt").refused("unknown command", "plan, convert, verify", found="convrt", remedy="did you mean convert")
     upcycle("convert", "output=x").refused("a required option is missing", "source=", remedy="add source=VALUE")
     upcycle("convert", "source=x").refused("a required option is missing", "output=", remedy="add output=VALUE")
     upcycle("convert", "source=x", "output=null").refused("output is not valid", "a valid string", found="null")

@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from upcycle.kernels.select import install_kernel
-from upcycle.routing.install import install_routers
 from upcycle.source import open_source
-from upcycle.train.fit import device_of
-from upcycle.train.flops import TRAINING_PASSES, forward_flops
+from upcycle.train.equip import equip
 from upcycle.train.models import start_model
-from upcycle.train.run import check_options, compute_dtype
-from upcycle.train.schedule import budget_steps, check_schedule
+from upcycle.train.run import check_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,21 +60,14 @@ def estimate(config: TrainConfig, *, execute: bool) -> Estimate:
         open_source(config.source)
     with _silently(), torch.device("meta"):
         start = start_model(_random(config))
-        if start.moe:
-            install_kernel(start.model, config.kernel, device=device_of(config), dtype=compute_dtype(config.precision))
-            install_routers(start.model, start.moe, config.router, config.balance)
-    tokens_per_step = config.batch.sequences * config.sequence_length
-    per_token = TRAINING_PASSES * forward_flops(start.model, start.moe, sequence_length=config.sequence_length)
-    per_step = tokens_per_step * per_token
-    steps = budget_steps(config.budget, tokens_per_step=tokens_per_step, flops_per_step=per_step)
-    check_schedule(config.schedule, steps=steps)
+        equipment = equip(start, config)
     parameters = sum(parameter.numel() for parameter in start.model.parameters())
     return Estimate(
         model=" ".join([start.model.config.model_type, *([start.moe.name] if start.moe else [])]),
         parameters=parameters,
-        steps=steps,
-        tokens=steps * tokens_per_step,
-        flops=steps * per_step,
+        steps=equipment.steps,
+        tokens=equipment.steps * equipment.tokens_per_step,
+        flops=equipment.steps * equipment.flops_per_step,
         disk=CHECKPOINT_BYTES_PER_PARAMETER * parameters,
     )
 

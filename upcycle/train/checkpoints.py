@@ -67,13 +67,13 @@ def checkpoint_io() -> AsyncCheckpointIO:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU.
+    """The content of a checkpoint, on the CPU; tensors are read from the file when they are used.
 
     Raises:
         SourceError: it is missing or damaged.
     """
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as error:
         raise SourceError(
             "there is no such checkpoint", found=path, remedy="go on training with resume=auto"

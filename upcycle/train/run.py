@@ -11,21 +11,18 @@ from upcycle.checkpoint import hash_files
 from upcycle.data.corpus import Corpus, build_corpus
 from upcycle.data.order import order_hash
 from upcycle.errors import ConfigError
-from upcycle.kernels.select import install_kernel
 from upcycle.load import load_dense
-from upcycle.routing.install import install_routers
 from upcycle.source import expanded
 from upcycle.tracking.claim import claimed
 from upcycle.tracking.record import CHECKPOINTS, MODEL, Record, surroundings
 from upcycle.tracking.schema import SCHEMA_VERSION
 from upcycle.tracking.wandb_training import TrainingMirror
 from upcycle.train.checkpoints import LAST, read_checkpoint
-from upcycle.train.fit import device_of, fit
-from upcycle.train.flops import TRAINING_PASSES, forward_flops
+from upcycle.train.equip import equip
+from upcycle.train.fit import fit
 from upcycle.train.mirroring import Mirroring
 from upcycle.train.models import Start, start_model
 from upcycle.train.module import TrainingModule
-from upcycle.train.schedule import budget_steps, check_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,8 +30,8 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import Callback
 
-    from upcycle.routing.install import Routing
     from upcycle.train.config import TrainConfig
+    from upcycle.train.equip import Equipment
 
 ORDER_HASHED = 10_000  # samples; an order is one function of the position, so its start identifies it
 
@@ -125,27 +122,19 @@ def prepare_run(config: TrainConfig) -> Run:
     check_options(config)
     record = Record.open(expanded(config.output), config)
     start = start_model(config)
-    device = device_of(config)
-    kernel, routing = None, None
-    if start.moe:
-        choice = install_kernel(start.model, config.kernel, device=device, dtype=compute_dtype(config.precision))
-        kernel, routing = choice.name, install_routers(start.model, start.moe, config.router, config.balance)
+    equipment = equip(start, config)
     if config.activation_checkpointing:
         start.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     corpus = build_corpus(config.data, start.tokenizer, sequence_length=config.sequence_length)
-    tokens_per_step = config.batch.sequences * config.sequence_length
-    per_token = TRAINING_PASSES * forward_flops(start.model, start.moe, sequence_length=config.sequence_length)
-    steps = budget_steps(config.budget, tokens_per_step=tokens_per_step, flops_per_step=per_token * tokens_per_step)
-    check_schedule(config.schedule, steps=steps)
     return Run(
         config=config,
         start=start,
         corpus=corpus,
         record=record,
-        module=_module(config, start, routing, steps),
-        kernel=kernel,
-        steps=steps,
-        flops_per_step=per_token * tokens_per_step,
+        module=_module(config, start, equipment),
+        kernel=equipment.kernel,
+        steps=equipment.steps,
+        flops_per_step=equipment.flops_per_step,
         resumed=0 if config.overwrite else _resumed(record.directory / CHECKPOINTS / LAST),
     )
 
@@ -179,13 +168,20 @@ def check_options(config: TrainConfig) -> None:
         raise ConfigError("device=cuda is not there", found="no CUDA device", remedy="set device=auto")
 
 
-def _module(config: TrainConfig, start: Start, routing: Routing | None, steps: int) -> TrainingModule:
+def _module(config: TrainConfig, start: Start, equipment: Equipment) -> TrainingModule:
     teacher = None
     if config.distill.weight:
         if start.source is None:
             raise ConfigError("distillation needs a dense source", found="none", remedy="set distill.weight=0")
         teacher = load_dense(start.source).requires_grad_(False)
-    return TrainingModule(start.model, moe=start.moe, routing=routing, teacher=teacher, config=config, steps=steps)
+    return TrainingModule(
+        start.model,
+        moe=start.moe,
+        routing=equipment.routing,
+        teacher=teacher,
+        config=config,
+        steps=equipment.steps,
+    )
 
 
 def _resumed(checkpoint: Path) -> int:
@@ -198,8 +194,3 @@ def _source_sha256(start: Start, model: str) -> dict[str, str] | None:
     if known or start.source is None or model == "scratch":
         return known
     return hash_files(start.source.files).result()
-
-
-def compute_dtype(precision: str) -> torch.dtype:
-    """The dtype that the matrices are multiplied in."""
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32

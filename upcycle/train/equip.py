@@ -1,0 +1,68 @@
+"""What a model is given before its first step, and what its budget comes to; needs shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from upcycle.kernels.select import install_kernel
+from upcycle.routing.install import install_routers
+from upcycle.train.fit import device_of
+from upcycle.train.flops import TRAINING_PASSES, forward_flops
+from upcycle.train.schedule import budget_steps, check_schedule
+
+if TYPE_CHECKING:
+    from upcycle.routing.install import Routing
+    from upcycle.train.config import TrainConfig
+    from upcycle.train.models import Start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Equipment:
+    """Kernel, routers and budget of a run.
+
+    Attributes:
+        kernel: name of the expert kernel; None for a dense model.
+        routing: its routers; None for a dense model.
+        steps: optimizer steps of the budget.
+        tokens_per_step: of one of them.
+        flops_per_step: training FLOPs of one of them.
+    """
+
+    kernel: str | None
+    routing: Routing | None
+    steps: int
+    tokens_per_step: int
+    flops_per_step: int
+
+
+def equip(start: Start, config: TrainConfig) -> Equipment:
+    """Install kernel and routers in a model, which may be on the meta device, and count its budget.
+
+    Raises:
+        UpcycleError: the kernel or the routing does not fit the model, or the budget or schedule is not valid.
+    """
+    kernel, routing = None, None
+    if start.moe:
+        dtype = compute_dtype(config.precision)
+        kernel = install_kernel(start.model, config.kernel, device=device_of(config), dtype=dtype).name
+        routing = install_routers(start.model, start.moe, config.router, config.balance)
+    tokens_per_step = config.batch.sequences * config.sequence_length
+    per_token = TRAINING_PASSES * forward_flops(start.model, start.moe, sequence_length=config.sequence_length)
+    flops_per_step = per_token * tokens_per_step
+    steps = budget_steps(config.budget, tokens_per_step=tokens_per_step, flops_per_step=flops_per_step)
+    check_schedule(config.schedule, steps=steps)
+    return Equipment(
+        kernel=kernel,
+        routing=routing,
+        steps=steps,
+        tokens_per_step=tokens_per_step,
+        flops_per_step=flops_per_step,
+    )
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """The dtype that the matrices are multiplied in."""
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32

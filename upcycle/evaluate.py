@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from upcycle.checkpoint.files import replacing, write_all
+from upcycle.checkpoint.files import write_text
 from upcycle.data.corpus import build_corpus
 from upcycle.errors import ConfigError
 from upcycle.evaluation.harness import Harness
@@ -94,9 +94,7 @@ def write_evaluation(found: Mapping[str, Any], output: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    file = Path(output).expanduser()
-    with replacing(file) as descriptor:
-        write_all(descriptor, (json.dumps(found, indent=2) + "\n").encode(), file)
+    write_text(Path(output).expanduser(), json.dumps(found, indent=2) + "\n")
 
 
 def evaluation_table(found: Mapping[str, Any]) -> RenderableType:

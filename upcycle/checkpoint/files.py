@@ -73,6 +73,16 @@ def write_all(descriptor: int, data: bytes | memoryview, path: Path) -> None:
             rest = rest[os.write(descriptor, rest) :]
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file, which appears complete or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with replacing(path) as descriptor:
+        write_all(descriptor, text.encode(), path)
+
+
 @contextmanager
 def writing_behind(descriptor: int, path: Path) -> Iterator[Callable[[memoryview], None]]:
     """Yield a function that writes in order on another thread, so that the next bytes are made meanwhile.

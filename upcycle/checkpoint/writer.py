@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from upcycle.checkpoint.dtypes import torch_dtype
-from upcycle.checkpoint.files import output_errors, replacing, sync_directory, write_all, writing_behind
+from upcycle.checkpoint.files import (
+    output_errors,
+    replacing,
+    sync_directory,
+    write_all,
+    write_text,
+    writing_behind,
+)
 from upcycle.checkpoint.layout import Shard, TensorSpec, index_json, layout_shards
 from upcycle.checkpoint.lock import StagingLock
 from upcycle.errors import OutputError, SourceError
@@ -138,9 +145,7 @@ class Staging:
         Raises:
             OutputError: the file cannot be written.
         """
-        path = self._path(name)
-        with replacing(path) as descriptor:
-            write_all(descriptor, text.encode(), path)
+        write_text(self._path(name), text)
 
     def copy_file(self, source: Path, name: str) -> None:
         """Copy a file under that name (a relative path is allowed).

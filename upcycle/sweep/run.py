@@ -13,7 +13,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 
 from upcycle.arguments import quoted
-from upcycle.checkpoint.files import replacing, write_all
+from upcycle.checkpoint.files import write_text
 from upcycle.sweep.job import FINISHED, log_of, run_job, status_of
 from upcycle.sweep.plan import COMMAND
 from upcycle.tracking.record import read_run
@@ -110,5 +110,4 @@ def _write_index(plan: SweepPlan, output: Path) -> None:
         job.directory.name: {"arm": job.arm, "seed": job.seed, "overrides": list(job.overrides)} for job in plan.jobs
     }
     content = {"sweep": plan.name, **asdict(plan.sweep), "runs": earlier | now}
-    with replacing(path) as descriptor:
-        write_all(descriptor, (json.dumps(content, indent=1) + "\n").encode(), path)
+    write_text(path, json.dumps(content, indent=1) + "\n")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from upcycle.checkpoint.files import output_errors, replacing, write_all
+from upcycle.checkpoint.files import output_errors, write_all, write_text
 from upcycle.errors import ConfigError, OutputError, SourceError
 
 if TYPE_CHECKING:
@@ -85,9 +85,7 @@ class Record:
     def describe(self, **content: Any) -> None:
         """Set entries of run.json, which is replaced as a whole."""
         self._content |= content
-        path = self.directory / RUN
-        with replacing(path) as descriptor:
-            write_all(descriptor, (json.dumps(self._content, indent=1) + "\n").encode(), path)
+        write_text(self.directory / RUN, json.dumps(self._content, indent=1) + "\n")
 
     def forget_after(self, step: int) -> None:
         """Drop rows of later steps than the checkpoint's, and a row that was cut off: they will come again."""
@@ -95,8 +93,7 @@ class Record:
         if not path.exists():
             return
         kept = [line for line in path.read_text().splitlines() if _step(line) <= step]
-        with replacing(path) as descriptor:
-            write_all(descriptor, "".join(f"{line}\n" for line in kept).encode(), path)
+        write_text(path, "".join(f"{line}\n" for line in kept))
 
     def log(self, row: Mapping[str, Any], *, step: int) -> None:
         """Append a row, and hand it to the operating system: a killed process keeps it."""

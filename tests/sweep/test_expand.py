@@ -26,7 +26,7 @@ def test_one_factor_at_a_time_starts_with_the_baseline() -> None:
         "baseline": [],
         "expansion=2": ["moe.expansion=2"],
         "expansion=4": ["moe.expansion=4"],
-        "aux_loss=0.0": ["balance.aux_loss=0.0"],
+        "aux_loss=0": ["balance.aux_loss=0.0"],
     }
 
 

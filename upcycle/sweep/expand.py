@@ -99,8 +99,14 @@ def _short_names(options: Iterable[str]) -> dict[str, str]:
 
 
 def _arm(setting: Mapping[str, Any], short: Mapping[str, str]) -> Arm:
-    shown = {option: value if isinstance(value, str) else literal(value) for option, value in setting.items()}
+    shown = {option: _shown(value) for option, value in setting.items()}
     return Arm(
         name=" ".join(f"{short[option]}={value}" for option, value in shown.items()) or BASELINE,
         overrides=tuple(f"{option}={literal(value)}" for option, value in setting.items()),
     )
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else literal(value)

@@ -32,7 +32,7 @@ def plan_table(plan: SweepPlan, *, free: int) -> RenderableType:
     for label in ("question", "hypothesis", "published"):
         questions.add_row(label, " ".join(getattr(sweep, label).split()))
     arms = Table(box=box.SIMPLE)
-    arms.add_column("arm", overflow="fold")
+    arms.add_column("arm", overflow="fold", min_width=13)
     for column in ("model", "M parameters", "steps", "M tokens", "FLOPs", "time"):
         arms.add_column(column, justify="left" if column == "model" else "right")
     for name, each in plan.estimates.items():

@@ -97,7 +97,9 @@ def test_a_run_without_rows_is_left_out_and_said(tmp_path: Path, caplog: pytest.
     assert f"{empty}: nothing was logged yet" in caplog.text
 
 
-@pytest.mark.parametrize("line", ['{"step": 1, "val/loss": }', '{"val/loss": 1.0}', "[1]", "3"])
+@pytest.mark.parametrize(
+    "line", ['{"step": 1, "val/loss": }', '{"val/loss": 1.0}', '{"step": 1, "val/loss": "low"}', "[1]", "3"]
+)
 def test_a_damaged_row_is_named(tmp_path: Path, line: str) -> None:
     write_run(tmp_path / "whole", (4.0, 3.5))
     damaged = write_run(tmp_path / "damaged", (4.0, 3.5))
@@ -163,8 +165,34 @@ def test_a_metric_that_changes_its_kind_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", (4.0,))
     with (run / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 1, "val/loss": [1.0]}\n')
-    with pytest.raises(RecordError, match="do not fit together"):
+    with pytest.raises(RecordError, match=r"row 2: Expected `float`, got `array` - at `\$\.val/loss`"):
         load_runs(run)
+
+
+def test_a_time_that_is_none(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", (4.0,))
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 1, "time": "yesterday"}\n')
+    with pytest.raises(RecordError, match="the time of a row is damaged"):
+        load_runs(run)
+
+
+def test_what_is_said_of_a_step(tmp_path: Path) -> None:
+    """Rows of a step are joined; the last to name a metric counts, and null names none."""
+    run = write_run(tmp_path / "run", (4.0,))
+    lines = (
+        '{"step": 2, "train/loss": 1.0, "moe/layer_0/load": [1.0]}',
+        '{"step": 1, "train/loss": 9.0}',
+        '{"step": 2, "train/loss": 2.0, "val/loss": 3.0, "new": 7}',
+        '{"step": 2, "val/loss": null, "moe/layer_0/load": null}',
+    )
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write("\n".join(lines) + "\n")
+    frame = load_runs(run).set_index("step")
+    assert frame.index.tolist() == [0, 1, 2]
+    assert frame.loc[2, ["train/loss", "val/loss", "new"]].tolist() == [2.0, 3.0, 7.0]
+    assert frame.loc[2, "moe/layer_0/load"] == [1.0]
+    assert frame["val/loss"].isna().tolist() == [False, True, False]
 
 
 def test_whole_numbers_and_fractions_fit_together(tmp_path: Path) -> None:

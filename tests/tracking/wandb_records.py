@@ -15,6 +15,7 @@ from upcycle.tracking.wandb_training import TrainingMirror
 if TYPE_CHECKING:
     from pathlib import Path
 
+HASHES = {"order_hash": "abc", "data_hash": "def", "flops_per_step": 1000}
 LOADS = [0.5, 0.25, 0.25]
 
 
@@ -28,7 +29,7 @@ def begin(record: Record, **changes: Any) -> Record:
     record.create()
     given = {"project": "moe", "entity": None, "group": None, "tags": [], "artifacts": False, **changes}
     config = {"seed": 0, "source": None, "moe": {"top_k": 2}, "wandb": given}
-    record.describe(schema=SCHEMA_VERSION, status="running", config=config, order_hash="abc")
+    record.describe(schema=SCHEMA_VERSION, status="running", config=config, **HASHES)
     return record
 
 

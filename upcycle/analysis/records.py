@@ -5,51 +5,32 @@ A reader turns its kind of directory into a `RunRecord`; all that follows is the
 
 from __future__ import annotations
 
-import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
+from upcycle.analysis.run_record import RunRecord
 from upcycle.analysis.wandb_offline import read_offline
 from upcycle.errors import RecordError, near_misses
-from upcycle.tracking.record import METRICS, RUN, read_run
+from upcycle.tracking.record import METRICS, RUN, check_training_run, read_run
 from upcycle.tracking.schema import SCHEMA_VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-_log = logging.getLogger("upcycle")
-# What run.json of a training run has, whatever its schema's version.
-KNOWN_BY = ("config", "order_hash", "data_hash", "flops_per_step")
+    Reader = Callable[[Path], RunRecord]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunRecord:
-    """The record of a run.
-
-    Attributes:
-        name: where it was found; the same for the parts of one run.
-        content: what run.json holds.
-        rows: what metrics.jsonl holds: whole lines of JSON, each an object with `step`, `time` and metrics.
-    """
-
-    name: str
-    content: Mapping[str, Any]
-    rows: bytes
-
-
-class Reader(Protocol):
-    """Reads one kind of directory."""
-
-    def __call__(self, directory: Path) -> tuple[str, Mapping[str, Any], bytes]:
-        """The run's name, the content of run.json, and the rows, of which the last may be cut off."""
-
-
-def read_local(directory: Path) -> tuple[str, Mapping[str, Any], bytes]:
+def read_local(directory: Path) -> RunRecord:
     """Read a directory that `upcycle train` wrote."""
+    return RunRecord(name=str(directory), content=read_run(directory), parts=(partial(_metrics, directory),))
+
+
+def _metrics(directory: Path) -> bytes:
     metrics = directory / METRICS
-    return str(directory), read_run(directory), metrics.read_bytes() if metrics.exists() else b""
+    return metrics.read_bytes() if metrics.exists() else b""
 
 
 # Which files make a directory a run of which kind.
@@ -60,7 +41,7 @@ READERS: tuple[tuple[Callable[[str], bool], Reader], ...] = (
 
 
 def read_records(places: Sequence[str | Path]) -> list[RunRecord]:
-    """Read every run below some places, in the order of the places and of their names.
+    """Find every run below some places, in the order of the places and of their names.
 
     Raises:
         RecordError: a place does not exist or holds no run; a run is another project's, or of another schema version.
@@ -73,9 +54,10 @@ def read_records(places: Sequence[str | Path]) -> list[RunRecord]:
     }
     runs: dict[str, RunRecord] = {}
     for directory, reader in found.values():
-        part = _read(directory, reader)
+        part = reader(directory)
+        _check(part)
         before = runs.get(part.name)
-        runs[part.name] = replace(part, rows=before.rows + part.rows) if before else part
+        runs[part.name] = replace(part, parts=before.parts + part.parts) if before else part
     return list(runs.values())
 
 
@@ -108,23 +90,12 @@ def _walk(place: Path) -> Iterator[tuple[Path, Reader]]:
         subdirectories.sort()
 
 
-def _read(directory: Path, reader: Reader) -> RunRecord:
-    name, content, rows = reader(directory)
-    missing = [each for each in KNOWN_BY if each not in content]
-    if missing:
-        raise RecordError(
-            "this is not a training run of upcycle",
-            found=f"{directory}, without {', '.join(missing)}",
-            expected="directories of this project's runs alone",
-        )
-    if content.get("schema") != SCHEMA_VERSION:
+def _check(record: RunRecord) -> None:
+    check_training_run(record.content, record.name)
+    if record.content.get("schema") != SCHEMA_VERSION:
         raise RecordError(
             "a run was recorded in another version of the schema",
-            found=f"{directory}: schema {content.get('schema', 'without a number')}",
+            found=f"{record.name}: schema {record.content.get('schema', 'without a number')}",
             expected=f"schema {SCHEMA_VERSION}",
             remedy="leave it out, or read it with the version of upcycle that wrote it",
         )
-    if rows and not rows.endswith(b"\n"):
-        rows = rows[: rows.rfind(b"\n") + 1]
-        _log.warning("%s: its last row is cut off and was skipped", directory)
-    return RunRecord(name=name, content=content, rows=rows)

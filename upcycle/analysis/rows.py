@@ -1,6 +1,6 @@
-"""Rows of records -> columns: parses the JSON lines of many runs, and joins the rows of one step.
+"""Rows of records -> columns: decodes the JSON lines of one run after the other, and joins the rows of one step.
 
-Shapes: M rows as they were logged, over all runs; S pairs of run and step.
+Shapes: M rows as a run logged them; S steps, each of one run; C metrics that are numbers.
 """
 
 # mypy: disable-error-code="import-untyped"
@@ -8,97 +8,173 @@ Shapes: M rows as they were logged, over all runs; S pairs of run and step.
 from __future__ import annotations
 
 import json
-import os
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+import math
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.json
 
 from upcycle.errors import RecordError
 from upcycle.tracking.schema import METRICS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
-    from upcycle.analysis.records import RunRecord
-
-BLOCK_BYTES = 16 * 1024**2  # a row may not be longer
-# Metrics that have their columns even where no run logged them; those of layers and domains follow the runs.
-_ALWAYS = pa.schema(
-    [
-        ("step", pa.int64()),
-        ("time", pa.timestamp("us", tz="UTC")),
-        *((metric.name, pa.float64()) for metric in METRICS if "{" not in metric.name),
-    ]
-)
+TIME, LIST = pa.timestamp("us", tz="UTC"), pa.list_(pa.float64())
 
 
-def read_rows(records: Sequence[RunRecord]) -> tuple[NDArray[np.int64], pd.DataFrame]:
-    """The rows of all runs, one per run and step, by run and step.
+@dataclass(frozen=True, kw_only=True)
+class RunRows:
+    """The rows of one run, by step.
 
-    Args:
-        records: runs, each with rows.
-
-    Returns:
-        The index of each row's run, [S], and `step`, `time` and the metrics, [S, …].
-
-    Raises:
-        RecordError: a row is damaged, or has no step.
+    Attributes:
+        step_S: optimizer steps.
+        time_S: when the last row of each was logged.
+        number_SC: metrics; NaN where one was not logged.
+        lists: metrics that are lists, [S] each; null where one was not logged.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        tables = list(pool.map(_parse, records))
-    table = pa.concat_tables(tables, promote_options="permissive")
-    run_M = np.repeat(np.arange(len(records)), [each.num_rows for each in tables])
-    step_M = table["step"].to_numpy()
-    _, first_S, pair_M = np.unique(run_M * (step_M.max() + 1) + step_M, return_index=True, return_inverse=True)
-    columns = {name: _joined(table[name], pair_M, len(first_S)) for name in table.column_names if name != "step"}
-    return run_M[first_S], pd.DataFrame({"step": step_M[first_S], **columns})
+
+    step_S: NDArray[np.int64]
+    time_S: pa.Array
+    number_SC: NDArray[np.float64]
+    lists: tuple[pa.Array, ...]
 
 
-def _parse(record: RunRecord) -> pa.Table:
-    try:
-        table = pyarrow.json.read_json(
-            pa.BufferReader(record.rows),
-            read_options=pyarrow.json.ReadOptions(block_size=BLOCK_BYTES, use_threads=False),
-            parse_options=pyarrow.json.ParseOptions(explicit_schema=_ALWAYS),
-        )
-    except pa.ArrowInvalid as error:
-        raise _damage(record, str(error)) from error
-    if table["step"].null_count:
-        raise _damage(record, "a row without a step")
-    return table
+class RowDecoder:
+    """Decodes the rows of run after run, straight into the fields of a class with a field for every metric.
 
+    A metric that no run had before is learned from the run that has it, which makes that run slow to read.
 
-def _joined(column: pa.ChunkedArray, pair_M: NDArray[np.int64], pairs: int) -> NDArray[np.float64] | pd.Series:
-    """What the rows of a pair say together, [S]; where several say it, the last."""
-    if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
-        value_M = column.to_numpy().astype(np.float64, copy=False)
-        said_M = ~np.isnan(value_M)
-        value_S = np.full(pairs, np.nan)
-        value_S[pair_M[said_M]] = value_M[said_M]
-        return value_S
-    said_M = column.is_valid().to_numpy()
-    row_S = np.full(pairs, -1)
-    row_S[pair_M[said_M]] = np.flatnonzero(said_M)
-    value = column.combine_chunks().take(pa.array(row_S, mask=row_S < 0))
-    return pd.Series(value, dtype=pd.ArrowDtype(value.type)) if pa.types.is_list(value.type) else value.to_pandas()
+    Attributes:
+        numbers: names of the C metrics that are numbers; those of layers and domains follow the runs.
+        lists: names of the metrics that are lists of numbers.
+    """
 
+    def __init__(self) -> None:
+        self.numbers = [metric.name for metric in METRICS if "{" not in metric.name]
+        self.lists: list[str] = []
+        self._prepare()
 
-def _damage(record: RunRecord, why: str) -> RecordError:
-    """The error that names the first row which is not an object with a step."""
-    for number, line in enumerate(record.rows.splitlines(), start=1):
+    def decode(self, name: str, rows: bytes) -> RunRows:
+        """Decode the rows of a run.
+
+        Args:
+            name: of the run.
+            rows: whole lines of JSON, at least one.
+
+        Raises:
+            RecordError: a row is damaged.
+        """
         try:
-            json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError) as error:
-            return RecordError(
-                "a row of a record is damaged",
-                found=f"{record.name}, row {number}: {error!r}",
-                expected="a JSON object with a step",
-                remedy="delete the line, or train again",
-            )
-    return RecordError("the rows of a record do not fit together", found=f"{record.name}: {why}")
+            decoded = self._decoder.decode_lines(rows)
+        except msgspec.MsgspecError:  # a metric that is new, a number that JSON lacks, or damage
+            decoded = self._decode_slowly(name, rows)
+        count = 1 + len(self.numbers)
+        number_M = struct.Struct(f"{count}d")
+        packed = b"".join([number_M.pack(*msgspec.structs.astuple(row)[:count]) for row in decoded])
+        number_MC = np.frombuffer(packed).reshape(-1, count)
+        step_S, group_M, count_S = np.unique(number_MC[:, 0], return_inverse=True, return_counts=True)
+        time_M, *list_M = (pa.array([getattr(row, field) for row in decoded], kind) for field, kind in self._others)
+        try:
+            time_M = time_M.cast(TIME)
+        except pa.ArrowInvalid as error:
+            raise RecordError("the time of a row is damaged", found=f"{name}: {error}") from error
+        return RunRows(
+            step_S=step_S.astype(np.int64),
+            time_S=_last(time_M, group_M, len(step_S)),
+            number_SC=_joined(number_MC[:, 1:], group_M, count_S),
+            lists=tuple(_last(each, group_M, len(step_S)) for each in list_M),
+        )
+
+    def frame(self, runs: Sequence[RunRows]) -> pd.DataFrame:
+        """`step`, `time` and the metrics of runs that were decoded, one after the other, [S, …]."""
+        ends = np.cumsum([len(run.step_S) for run in runs])
+        number_CS = np.full((len(self.numbers), ends[-1]), np.nan)
+        for run, end in zip(runs, ends, strict=True):
+            number_CS[: run.number_SC.shape[1], end - len(run.step_S) : end] = run.number_SC.T
+        steps = pd.DataFrame(
+            {
+                "step": np.concatenate([run.step_S for run in runs]),
+                "time": pa.chunked_array([run.time_S for run in runs]).to_pandas(),
+            }
+        )
+        lists = pd.DataFrame({name: self._list(i, runs) for i, name in enumerate(self.lists)})
+        return pd.concat([steps, pd.DataFrame(number_CS.T, columns=self.numbers, copy=False), lists], axis=1)
+
+    def _list(self, i: int, runs: Sequence[RunRows]) -> pd.Series:
+        chunks = [run.lists[i] if i < len(run.lists) else pa.nulls(len(run.step_S), LIST) for run in runs]
+        return pd.Series(pa.chunked_array(chunks), dtype=pd.ArrowDtype(LIST))
+
+    def _prepare(self) -> None:
+        """Make the class of a row, whose fields are the step, the numbers, the time and the lists."""
+        number = {f"number_{i}": name for i, name in enumerate(self.numbers)}
+        lists = {f"list_{i}": name for i, name in enumerate(self.lists)}
+        fields: list[Any] = [("step", int)]
+        fields += [(field, float, math.nan) for field in number]
+        fields += [("time", str | None, None), *((field, list[float] | None, None) for field in lists)]
+        self._others = (("time", pa.string()), *((field, LIST) for field in lists))
+        self._row = msgspec.defstruct(
+            "Row", fields, kw_only=True, rename=number | lists, forbid_unknown_fields=True, gc=False
+        )
+        self._decoder = msgspec.json.Decoder(self._row)
+
+    def _decode_slowly(self, name: str, rows: bytes) -> list[msgspec.Struct]:
+        parsed = []
+        for number, line in enumerate(rows.splitlines(), start=1):
+            try:
+                parsed.append(json.loads(line))
+            except ValueError as error:
+                raise _damage(name, number, error) from error
+        self._learn(row for row in parsed if isinstance(row, dict))
+        decoded = []
+        for number, row in enumerate(parsed, start=1):
+            said = {key: value for key, value in row.items() if value is not None} if isinstance(row, dict) else row
+            try:
+                decoded.append(msgspec.convert(said, self._row))
+            except msgspec.ValidationError as error:
+                raise _damage(name, number, error) from error
+        return decoded
+
+    def _learn(self, rows: Iterable[dict[str, Any]]) -> None:
+        known = {"step", "time", *self.numbers, *self.lists}
+        for row in rows:
+            for name, value in row.items():
+                if name not in known:
+                    (self.lists if isinstance(value, list) else self.numbers).append(name)
+                    known.add(name)
+        self._prepare()
+
+
+def _joined(
+    number_MC: NDArray[np.float64], group_M: NDArray[np.int64], count_S: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """What the rows of a step say together, [S, C]; where several say it, the last."""
+    number_SC = np.empty((len(count_S), number_MC.shape[1]))
+    number_SC[group_M] = number_MC  # of a step's rows the last; then what only earlier ones say
+    said_MC = (count_S[group_M] > 1)[:, None] & ~np.isnan(number_MC)
+    row, column = np.nonzero(said_MC)
+    number_SC[group_M[row], column] = number_MC[row, column]
+    return number_SC
+
+
+def _last(value_M: pa.Array, group_M: NDArray[np.int64], groups: int) -> pa.Array:
+    """The last value of each group that is not null."""
+    said_M = value_M.is_valid().to_numpy(zero_copy_only=False)
+    row_S = np.full(groups, -1)
+    row_S[group_M[said_M]] = np.flatnonzero(said_M)
+    return value_M.take(pa.array(row_S, mask=row_S < 0))
+
+
+def _damage(name: str, number: int, error: Exception) -> RecordError:
+    return RecordError(
+        "a row of a record is damaged",
+        found=f"{name}, row {number}: {error}",
+        expected="a JSON object with a step and metrics",
+        remedy="delete the line, or train again",
+    )

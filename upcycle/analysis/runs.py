@@ -9,17 +9,20 @@ import json
 import logging
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from upcycle.analysis.outcomes import label
-from upcycle.analysis.records import RunRecord, read_records
-from upcycle.analysis.rows import read_rows
+from upcycle.analysis.records import read_records
+from upcycle.analysis.rows import RowDecoder
 from upcycle.errors import RecordError
 from upcycle.tracking.record import flat
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from upcycle.analysis.run_record import RunRecord
 
 _log = logging.getLogger("upcycle")
 # Facts about a run, besides its options, that stand in its rows.
@@ -48,16 +51,17 @@ def load_runs(*places: str | Path) -> pd.DataFrame:
         RecordError: no runs, a run of another project or version of the schema, a damaged row.
         SourceError: a run.json is damaged.
     """
-    records = []
+    decoder, logged = RowDecoder(), []
     for record in read_records(places):
-        if record.rows:
-            records.append(record)
+        if lines := record.rows():
+            logged.append((record, decoder.decode(record.name, lines)))
         else:
             _log.warning("%s: nothing was logged yet; left out", record.name)
-    if not records:
+    if not logged:
         raise RecordError("no run has logged anything yet", found=", ".join(map(str, places)))
-    run_S, rows = read_rows(records)
-    described = _described(records).take(run_S).reset_index(drop=True)
+    rows = decoder.frame([decoded for _, decoded in logged])
+    run_S = np.repeat(np.arange(len(logged)), [len(decoded.step_S) for _, decoded in logged])
+    described = _described([record for record, _ in logged]).take(run_S).reset_index(drop=True)
     rows["train/tokens"] = rows["step"] * described["tokens_per_step"].astype(float)
     rows["train/flops"] = rows["step"] * described["flops_per_step"].astype(float)
     return pd.concat([described[["run"]], rows, described.drop(columns="run")], axis=1)

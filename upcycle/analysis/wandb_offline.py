@@ -9,6 +9,7 @@ import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from upcycle.analysis.run_record import RunRecord
 from upcycle.errors import RecordError
 
 if TYPE_CHECKING:
@@ -20,11 +21,8 @@ _NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _HISTOGRAM, _NOT_LIST = ".values", ("._type", ".bins")
 
 
-def read_offline(directory: Path) -> tuple[str, Mapping[str, Any], bytes]:
+def read_offline(directory: Path) -> RunRecord:
     """Read an offline directory; all those of one W&B run, which was resumed, have one name.
-
-    Returns:
-        The run's name, the content of its run.json, and its rows as lines of JSON.
 
     Raises:
         RecordError: wandb is not installed, or cannot read the directory.
@@ -40,7 +38,8 @@ def read_offline(directory: Path) -> tuple[str, Mapping[str, Any], bytes]:
                 content["status"] = said
             case {"type": "history", "history": {"item": item}}:
                 rows.append(json.dumps(_row(item)) + "\n")
-    return str(directory.parent / identity), content, "".join(rows).encode()
+    lines = "".join(rows).encode()
+    return RunRecord(name=str(directory.parent / identity), content=content, parts=(lambda: lines,))
 
 
 def _row(item: Mapping[str, Any]) -> dict[str, Any]:

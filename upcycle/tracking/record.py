@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upcycle.checkpoint.files import output_errors, write_all, write_text
-from upcycle.errors import ConfigError, OutputError, SourceError
+from upcycle.errors import ConfigError, OutputError, RecordError, SourceError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from upcycle.train.config import TrainConfig
 
 RUN, METRICS, CHECKPOINTS, MODEL = "run.json", "metrics.jsonl", "checkpoints", "model"
+# What run.json of a training run has, whatever its schema's version.
+KNOWN_BY = ("config", "order_hash", "data_hash", "flops_per_step")
 PACKAGES = ("upcycle", "torch", "lightning", "transformers")
 # Options that change where a run is and what is seen of it, but no number in it.
 NOT_COMPARED = ("output", "resume", "overwrite", "progress", "workers", "checkpoint_every", "peak_flops", "wandb")
@@ -122,6 +124,17 @@ def read_run(directory: Path) -> dict[str, Any]:
     except ValueError as error:
         raise SourceError("run.json is damaged", found=f"{directory}: {error}", remedy="train again") from error
     return content
+
+
+def check_training_run(content: Mapping[str, Any], place: object) -> None:
+    """Raise RecordError if a run.json, whatever its schema's version, is another project's."""
+    missing = [each for each in KNOWN_BY if each not in content]
+    if missing:
+        raise RecordError(
+            "this is not a training run of upcycle",
+            found=f"{place}, without {', '.join(missing)}",
+            expected="directories of this project's runs alone",
+        )
 
 
 def surroundings() -> dict[str, Any]:

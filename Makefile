@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 MEGABLOCKS := megablocks==0.10.0 stanford-stk==0.7.1
 
-.PHONY: demo test quick bench install-megablocks clean
+.PHONY: demo test quick bench notebooks install-megablocks clean
 
 demo: $(VENV)/installed ## the main job on a real model
 	$(BIN)/python examples/demo.py
@@ -20,6 +20,9 @@ quick: $(VENV)/developing ## the tests that take seconds
 
 bench: $(VENV)/installed ## conversion against a plain write of the same bytes
 	$(BIN)/python benchmarks/convert.py
+
+notebooks: $(VENV)/developing ## the notebooks on the records of the laptop scale, into analysis/rendered
+	$(BIN)/python analysis/render.py
 
 install-megablocks: $(VENV)/installed ## the kernels of kernel=megablocks; without dependencies, which would replace torch
 	$(BIN)/python -m pip install --quiet setuptools "triton>=3.6"

@@ -15,6 +15,7 @@ from upcycle.analysis.run_record import RunRecord
 from upcycle.analysis.wandb_offline import read_offline
 from upcycle.errors import RecordError, near_misses
 from upcycle.tracking.record import METRICS, RUN, check_training_run, read_run
+from upcycle.tracking.rows import kept_columns
 from upcycle.tracking.schema import SCHEMA_VERSION
 
 if TYPE_CHECKING:
@@ -25,7 +26,12 @@ if TYPE_CHECKING:
 
 def read_local(directory: Path) -> RunRecord:
     """Read a directory that `upcycle train` wrote."""
-    return RunRecord(name=str(directory), content=read_run(directory), parts=(partial(_metrics, directory),))
+    return RunRecord(
+        name=str(directory),
+        content=read_run(directory),
+        parts=(partial(_metrics, directory),),
+        kept=kept_columns(directory),
+    )
 
 
 def _metrics(directory: Path) -> bytes:

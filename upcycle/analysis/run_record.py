@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    import pyarrow as pa
+
+    from upcycle.tracking.rows import RowDecoder
+
 _log = logging.getLogger("upcycle")
 
 
@@ -21,15 +25,24 @@ class RunRecord:
         content: what run.json holds.
         parts: read what metrics.jsonl holds, which is large: lines of JSON, each an object with `step`, `time` and
             metrics. The last one may be cut off.
+        kept: columns of the same rows, if the run kept them.
     """
 
     name: str
     content: Mapping[str, Any]
     parts: tuple[Callable[[], bytes], ...]
+    kept: pa.RecordBatch | None = None
 
-    def rows(self) -> bytes:
-        """Read all rows but one that is cut off, which is said."""
-        return b"".join(map(self._whole, self.parts))
+    def columns(self, decoder: RowDecoder) -> pa.RecordBatch | None:
+        """The columns of its rows; None if there are none.
+
+        Raises:
+            RecordError: a row is damaged.
+        """
+        if self.kept is not None:
+            return self.kept
+        rows = b"".join(map(self._whole, self.parts))
+        return decoder.decode(self.name, rows) if rows else None
 
     def _whole(self, part: Callable[[], bytes]) -> bytes:
         rows = part()

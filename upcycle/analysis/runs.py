@@ -14,9 +14,10 @@ import pandas as pd
 
 from upcycle.analysis.outcomes import label
 from upcycle.analysis.records import read_records
-from upcycle.analysis.rows import RowDecoder
+from upcycle.analysis.rows import rows_frame
 from upcycle.errors import RecordError
 from upcycle.tracking.record import flat
+from upcycle.tracking.rows import RowDecoder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,14 +54,15 @@ def load_runs(*places: str | Path) -> pd.DataFrame:
     """
     decoder, logged = RowDecoder(), []
     for record in read_records(places):
-        if lines := record.rows():
-            logged.append((record, decoder.decode(record.name, lines)))
-        else:
+        columns = record.columns(decoder)
+        if columns is None:
             _log.warning("%s: nothing was logged yet; left out", record.name)
+        else:
+            logged.append((record, columns))
     if not logged:
         raise RecordError("no run has logged anything yet", found=", ".join(map(str, places)))
-    rows = decoder.frame([decoded for _, decoded in logged])
-    run_S = np.repeat(np.arange(len(logged)), [len(decoded.step_S) for _, decoded in logged])
+    rows = rows_frame([columns for _, columns in logged])
+    run_S = np.repeat(np.arange(len(logged)), [len(columns) for _, columns in logged])
     described = _described([record for record, _ in logged]).take(run_S).reset_index(drop=True)
     rows["train/tokens"] = rows["step"] * described["tokens_per_step"].astype(float)
     rows["train/flops"] = rows["step"] * described["flops_per_step"].astype(float)

@@ -2,6 +2,7 @@
 
 DIR/run.json         resolved config, manifest, versions, hardware, data, status
 DIR/metrics.jsonl    one row per logging interval and validation
+DIR/metrics.arrow    the same as columns, of a finished run
 DIR/checkpoints/     last.ckpt, best.ckpt
 DIR/model/           config.json and tokenizer
 """

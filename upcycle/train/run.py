@@ -15,6 +15,7 @@ from upcycle.load import load_dense
 from upcycle.source import expanded
 from upcycle.tracking.claim import claimed
 from upcycle.tracking.record import CHECKPOINTS, MODEL, Record, surroundings
+from upcycle.tracking.rows import keep_columns
 from upcycle.tracking.schema import SCHEMA_VERSION
 from upcycle.tracking.wandb_training import TrainingMirror
 from upcycle.train.checkpoints import LAST, read_checkpoint
@@ -94,6 +95,8 @@ def train(config: TrainConfig, *, on_start: Callable[[Run], Sequence[Callback]])
                 run.record.describe(status="failed", error=str(error))
                 raise
             run.record.describe(status=status, summary=run.record.last)
+        if status == "finished":
+            keep_columns(run.record.directory)
     return run
 
 

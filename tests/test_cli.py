@@ -26,6 +26,8 @@ DEFAULTS = {
     "evaluate": "sequence_length: null",
     "train": "architecture: null",
     "plan-sweep": "architecture: null",
+    "dashboard": "push: false",
+    "report": "baseline: null",
     "sync": "project: null",
     "export": "checkpoint: last",
 }

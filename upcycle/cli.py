@@ -31,6 +31,7 @@ from upcycle.arguments import (
     without_multirun,
 )
 from upcycle.completion import complete
+from upcycle.dashboard import config as reporting
 from upcycle.errors import ConfigError, UpcycleError, did_you_mean
 from upcycle.evaluation import config as evaluation
 from upcycle.interruption import Interruption
@@ -95,6 +96,18 @@ COMMANDS = {
         options=None,
         function="upcycle.sweep.command:show",
         paths=("source", "output", "tokenizer"),
+    ),
+    "dashboard": Command(
+        summary="the W&B workspace of a sweep",
+        options=None,
+        function="upcycle.dashboard.command:dashboard",
+        paths=("source", "output", "tokenizer"),
+    ),
+    "report": Command(
+        summary="a sweep on one HTML page that needs nothing but a browser",
+        options=reporting.ReportConfig,
+        function="upcycle.commands:report",
+        paths=("runs", "output"),
     ),
     "sync": Command(
         summary="send to W&B what is in the records of runs and not there yet",

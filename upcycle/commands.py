@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback
 
     from upcycle.config import ConvertConfig, InspectConfig, PlanConfig, VerifyConfig
+    from upcycle.dashboard.config import ReportConfig
     from upcycle.evaluation.config import EvaluateConfig
     from upcycle.prepare import Conversion
     from upcycle.tracking.config import SyncConfig
@@ -121,6 +122,14 @@ def sync(config: SyncConfig) -> int:
         else:
             print(f"sent    {each.directory}: {each.rows} rows, {each.url}")
     return 1 if any(each.error for each in runs) else 0
+
+
+def report(config: ReportConfig) -> int:
+    """`upcycle report`: write the page."""
+    from upcycle.dashboard.page import write_report
+
+    print(f"wrote {write_report(config)}")
+    return 0
 
 
 def export(config: ExportConfig) -> int:

@@ -1,0 +1,101 @@
+"""`upcycle dashboard`: the W&B workspace of a sweep, printed, written or sent."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+
+from upcycle.arch.targets import TARGETS
+from upcycle.arguments import typed_options
+from upcycle.checkpoint.files import write_text
+from upcycle.dashboard.workspace import as_json, build_workspace, push
+from upcycle.errors import ConfigError
+from upcycle.model_config import read_config
+from upcycle.moe_config import describe_moe
+from upcycle.prepare import prepare
+from upcycle.source import expanded
+from upcycle.sweep.command import GROUP
+from upcycle.sweep.plan import COMMAND, plan_sweep
+from upcycle.tracking.record import NOT_COMPARED, flat
+from upcycle.train.config import TrainConfig
+from upcycle.train.models import conversion_request
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from omegaconf import DictConfig
+
+OWN = ("push", "output")  # options that are not of `upcycle train`
+SEED = "seed"
+
+
+def dashboard(composed: DictConfig) -> int:
+    """`upcycle dashboard`: the workspace as JSON, or the URL that it has at W&B.
+
+    Raises:
+        ConfigError: no sweep, one that is not valid, or wandb-workspaces is not installed.
+        RecordError: the server did not take it.
+    """
+    choices = HydraConfig.get().runtime.choices
+    if GROUP not in choices:
+        raise ConfigError("there is no sweep", found="nothing", expected="+sweeps=NAME", remedy="add +sweeps=NAME")
+    given = [each for each in HydraConfig.get().overrides.task if each.partition("=")[0] not in OWN]
+    plan = plan_sweep(composed, name=choices[GROUP], overrides=given, output=Path(), execute=False)
+    configs = [typed_options(TrainConfig, compose(COMMAND, [*given, *arm.overrides, "output=''"])) for arm in plan.arms]
+    workspace = build_workspace(
+        f"{plan.name}: {plan.sweep.question}",
+        entity=composed.wandb.entity,
+        project=composed.wandb.project,
+        group=composed.wandb.group or plan.name,
+        options=naming_options(configs, first=[each.partition("=")[0] for arm in plan.arms for each in arm.overrides]),
+        metric=plan.sweep.metric,
+        layers=tuple(sorted({layer for config in configs for layer in _moe_layers(config)})),
+    )
+    if composed.output:
+        write_text(expanded(composed.output), as_json(workspace) + "\n")
+    if composed.push:
+        print(push(workspace))
+    elif not composed.output:
+        print(as_json(workspace))
+    return 0
+
+
+def naming_options(configs: Sequence[TrainConfig], *, first: Sequence[str]) -> list[str]:
+    """The fewest options, or nearly, whose values tell the arms apart.
+
+    Args:
+        configs: of the arms.
+        first: options to be preferred, such as those that the sweep names.
+    """
+    options = [flat(asdict(config)) for config in configs]
+    differing = [
+        path
+        for path in options[0]
+        if path != SEED
+        and path.partition(".")[0] not in NOT_COMPARED
+        and len({json.dumps(each.get(path)) for each in options}) > 1
+    ]
+    differing.sort(key=lambda path: not path.startswith(tuple(first)))
+
+    def told_apart(paths: Sequence[str]) -> int:
+        return len({json.dumps([each.get(path) for path in paths]) for each in options})
+
+    chosen: list[str] = []
+    while told_apart(chosen) < len(options):
+        chosen.append(max(differing, key=lambda path: told_apart([*chosen, path])))
+    return chosen
+
+
+def _moe_layers(config: TrainConfig) -> tuple[int, ...]:
+    """Indices of the MoE layers that a run will have."""
+    if config.model == "checkpoint":
+        directory = expanded(str(config.source))
+        return describe_moe(directory).layers if read_config(directory).get("model_type") in TARGETS else ()
+    if config.model == "dense" or config.architecture is not None:
+        return ()
+    return prepare(conversion_request(config), execute=False).plan.moe.layers

@@ -1,0 +1,124 @@
+"""The panels as a W&B workspace, by wandb-workspaces: validated without a server, and sent to one.
+
+A list of values per expert is a histogram in W&B (`tracking.wandb_mirror`), which a line plot draws as a heat map over
+the steps of one run: runs have to be looked at one by one for it, and are not averaged.
+"""
+
+# mypy: disable-error-code="import-untyped"
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from upcycle.dashboard.panels import SECTIONS, STEP
+from upcycle.errors import ConfigError, RecordError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from wandb_workspaces.workspaces import Workspace
+
+    from upcycle.dashboard.panels import Panel, Section
+
+LINES_SHOWN = 50  # W&B draws 10 unless told
+COLUMNS = 3
+OPTIONS = "config"  # where the options stand in the config of a W&B run, which is what run.json holds
+
+
+def build_workspace(
+    name: str,
+    *,
+    entity: str | None,
+    project: str,
+    group: str,
+    options: Sequence[str],
+    metric: str,
+    layers: tuple[int, ...],
+) -> Workspace:
+    """The workspace of a sweep: its runs alone, a line per arm with the range over seeds, a section per theme.
+
+    Args:
+        name: what W&B calls it.
+        entity: whose the project is; None is the account's default, which is filled in when it is sent.
+        project: of the runs.
+        group: W&B group of the runs.
+        options: paths of the options whose values name an arm together.
+        metric: what the sweep compares; it has its column in the list of runs.
+        layers: indices of the MoE layers of all arms.
+
+    Raises:
+        ConfigError: wandb-workspaces is not installed.
+    """
+    if not find_spec("wandb_workspaces"):
+        raise ConfigError("wandb-workspaces is not installed", remedy="pip install 'upcycle[dashboard]'")
+    import wandb_workspaces.workspaces as ws
+
+    return ws.Workspace(
+        entity=entity or "",
+        project=project,
+        name=name,
+        sections=[_section(section, layers) for section in SECTIONS],
+        settings=ws.WorkspaceSettings(x_axis=STEP, max_runs=LINES_SHOWN),
+        runset_settings=ws.RunsetSettings(
+            filters=[ws.Metric("Group") == group],
+            groupby=[ws.Config(f"{OPTIONS}.{option}") for option in options],
+            pinned_columns=[f"summary:{metric}", "summary:status"],
+        ),
+    )
+
+
+def push(workspace: Any) -> str:
+    """Send a workspace to the server that the client of W&B is set up for.
+
+    Returns:
+        Its URL.
+
+    Raises:
+        RecordError: the workspace is not at the server, such as for want of a key or of a connection.
+    """
+    import wandb
+
+    try:
+        wandb.setup(wandb.Settings(silent=True))
+        workspace.entity = workspace.entity or str(wandb.Api().default_entity)
+        return str(workspace.save().url)
+    except Exception as error:  # W&B's client raises what its parts raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RecordError(f"W&B did not take the workspace: {reason}") from error
+
+
+def as_json(workspace: Workspace) -> str:
+    """What the server would be sent, validated by wandb-workspaces' own models."""
+    view = workspace._to_model()
+    return str(view.model_dump_json(by_alias=True, exclude_none=True, indent=1))
+
+
+def _section(section: Section, layers: tuple[int, ...]) -> Any:
+    import wandb_workspaces.workspaces as ws
+
+    plots = [plot for panel in section.panels for plot in _plots(panel, layers)]
+    layout = ws.SectionLayoutSettings(columns=COLUMNS, rows=-(-len(plots) // COLUMNS))
+    return ws.Section(name=section.title, panels=plots, is_open=True, layout_settings=layout)
+
+
+def _plots(panel: Panel, layers: tuple[int, ...]) -> list[Any]:
+    """A plot, or one per layer."""
+    from wandb_workspaces.reports.v2.interface import LinePlot
+
+    if panel.kind == "heat map":
+        titles = {panel.of_layer(layer): f"{panel.title}, layer {layer}" for layer in layers}
+    else:
+        titles = {panel.metric: panel.title}
+    return [
+        LinePlot(
+            title=title,
+            x=panel.against,
+            y=[metric],
+            title_x=panel.x_title,
+            title_y=panel.unit or None,
+            groupby_aggfunc="mean",
+            groupby_rangefunc="minmax",
+        )
+        for metric, title in titles.items()
+    ]

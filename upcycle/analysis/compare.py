@@ -59,13 +59,13 @@ def compare(
     check_arm(ends, reference)
     others = sorted(set(ends["arm"]) - {reference})
     rows = [_row(ends, arm, reference, metric, confidence, allow) for arm in others]
-    compared = pd.DataFrame(rows, columns=_COLUMNS)
+    compared = pd.DataFrame(rows, columns=COLUMNS)
     compared["p_holm"] = holm(compared["p"])
     compared["verdict"] = [_verdict(row, smallest_percent, confidence) for row in compared.itertuples()]
     return compared
 
 
-_COLUMNS = [
+COLUMNS = [
     *("arm", "pairs", "unpaired", "baseline", "value", "difference", "low", "high"),
     *("percent", "percent_low", "percent_high", "p", "p_holm", "equal", "differs", "verdict"),
 ]

@@ -56,7 +56,7 @@ def frontier(
         loss = t_estimate(group[metric], confidence=confidence)
         costs = {"flops": flops, WITH_SUNK: group[WITH_SUNK].iloc[0]}
         points.append({"arm": arm, **costs, "seeds": len(group), "loss": loss.mean, "low": loss.low, "high": loss.high})
-    table = pd.DataFrame(points)
+    table = pd.DataFrame(points, columns=["arm", "flops", WITH_SUNK, "seeds", "loss", "low", "high"])
     table["pareto"] = pareto(table["flops"], table["loss"])
     table["pareto_with_sunk"] = pareto(table[WITH_SUNK], table["loss"])
     return table

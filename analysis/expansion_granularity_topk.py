@@ -1,0 +1,155 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # How many experts, how fine, and how many at a time
+#
+# A mixture `EeGgTt` has e·g experts, each 1/g of the dense FFN's width, of which t read a token; it costs as many FLOPs
+# a token as the dense model where t = g. The sweep `egt` gives all shapes the same training FLOPs, so that shapes with
+# more active width get fewer tokens.
+#
+# Everything below is computed from the records in `UPCYCLE_RECORDS` (by default those committed at laptop scale),
+# the words of the answers too. Runs that have not finished are named and do not count.
+
+# %%
+import os
+
+from upcycle.analysis import draw_comparison, draw_curves, draw_frontier, frontier
+from upcycle.analysis.prose import answer, introduction, judgement
+from upcycle.analysis.questions import Claim, judge, load_sweep
+
+# %matplotlib inline
+RECORDS = os.environ.get("UPCYCLE_RECORDS", "results/laptop")
+NEMOTRON = "arXiv 2410.07524"
+SHAPES = [(2, 1, 1), (4, 1, 1), (8, 1, 1), (16, 1, 1), (8, 2, 2), (8, 4, 4), (8, 8, 8), (8, 1, 2), (8, 4, 8)]
+
+# %%
+names = {f"expansion={e} granularity={g} top_k={t}": f"E{e}G{g}T{t}" for e, g, t in SHAPES}
+egt = load_sweep(RECORDS, "egt").renamed(names)
+introduction(egt)
+
+# %% [markdown]
+# ## Expansion
+#
+# The number of whole FFNs, one active, at the dense model's FLOPs a token:
+
+# %%
+expansion = egt.only("E2G1T1", "E4G1T1", "E8G1T1", "E16G1T1")
+draw_curves(expansion.runs, arms="arm")
+
+# %%
+answer(expansion.compare("E8G1T1"))
+
+# %% [markdown]
+# ## Granularity
+#
+# The same width in total and active, cut finer:
+
+# %%
+granularity = egt.only("E8G1T1", "E8G2T2", "E8G4T4", "E8G8T8")
+draw_curves(granularity.runs, arms="arm")
+
+# %%
+answer(granularity.compare("E8G1T1"))
+
+# %% [markdown]
+# ## Top-k
+#
+# Twice the active width, paid with fewer tokens:
+
+# %%
+draw_curves(egt.only("E8G1T1", "E8G1T2", "E8G4T4", "E8G4T8").runs, arms="arm")
+
+# %%
+answer(egt.only("E8G4T4", "E8G4T8").compare("E8G4T4"))
+
+# %% [markdown]
+# ## All shapes
+
+# %%
+compared = egt.compare("E8G1T1")
+draw_comparison(compared)
+
+# %% [markdown]
+# **Answer.** Against E8G1T1:
+
+# %%
+answer(compared)
+
+# %%
+judgement(
+    judge(
+        egt,
+        [
+            Claim(
+                source=NEMOTRON,
+                says="E8G1T2 ends below E8G1T1 (at more FLOPs a token; here at equal FLOPs in all)",
+                arm="E8G1T2",
+                baseline="E8G1T1",
+                expected="lower",
+            ),
+            Claim(
+                source=NEMOTRON,
+                says="64 experts, finer ones, are better than 8 at equal FLOPs",
+                arm="E8G8T8",
+                baseline="E8G1T1",
+                expected="lower",
+            ),
+            Claim(
+                source="this sweep's hypothesis",
+                says="finer experts need a larger budget than this one",
+                arm="E8G8T8",
+                baseline="E8G1T1",
+                expected="higher",
+            ),
+            Claim(
+                source="this sweep's hypothesis",
+                says="more experts help at first",
+                arm="E8G1T1",
+                baseline="E2G1T1",
+                expected="lower",
+            ),
+            Claim(
+                source="this sweep's hypothesis",
+                says="and then split the text too thinly",
+                arm="E16G1T1",
+                baseline="E8G1T1",
+                expected="higher",
+            ),
+        ],
+    )
+)
+
+# %% [markdown]
+# ## Against going on with the dense model
+#
+# The sweep `budget` has the dense model continued for the same FLOPs, with the same seeds, text and order:
+
+# %%
+names = [f"{model}, {size}" for model in ("dense", "upcycle", "scratch") for size in ("half", "whole", "double")]
+budget = load_sweep(RECORDS, "budget").called(*names)
+both = egt.beside(budget.only("dense, whole"))
+compared = both.compare("dense, whole")
+draw_comparison(compared)
+
+# %%
+answer(compared)
+
+# %% [markdown]
+# Loss against FLOPs, and the set of points that nothing cheaper beats:
+
+# %%
+draw_frontier(frontier(both.runs, arms="arm"))
+
+# %% [markdown]
+# ## Limits
+#
+# One size of dense model (two layers, a quarter of a million parameters, bytes) and one budget, about a thousand steps:
+# which shape is best is published to depend on both. An expert of E8G8T8 has 32 neurons here. Equal FLOPs are counted,
+# not timed: fine experts run slower than their FLOPs on a CPU. Points before the end of a curve belong to an unfinished
+# schedule.

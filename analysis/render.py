@@ -1,0 +1,74 @@
+"""Executes the notebooks of this directory and keeps them with their outputs, which GitHub shows.
+
+    python analysis/render.py [--output DIR] [NAME ...]
+
+What comes out depends on the records alone: no times, no random ids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+from PIL import Image
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+HERE = Path(__file__).parent
+NAMES = sorted({file.stem for file in HERE.glob("*.py")} - {Path(__file__).stem})
+SECONDS_PER_CELL = 4 * 3600  # a notebook may train
+COLOURS = 128  # of a picture
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=HERE / "rendered", help="directory for NAME.ipynb")
+    parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name in options.names:
+        file = options.output / f"{name}.ipynb"
+        nbformat.write(render(HERE / f"{name}.py"), file)
+        print(f"{file}: {file.stat().st_size / 1000:.0f} kB", flush=True)
+
+
+def render(source: Path) -> NotebookNode:
+    """Execute a notebook in its own directory, with this interpreter.
+
+    Raises:
+        CellExecutionError: a cell failed.
+    """
+    notebook = jupytext.read(source)
+    client = NotebookClient(
+        notebook,
+        kernel_name="python3",  # this interpreter's
+        timeout=SECONDS_PER_CELL,
+        record_timing=False,
+        resources={"metadata": {"path": str(source.parent)}},
+    )
+    client.execute()
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{number}"
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:
+                data["image/png"] = _smaller(data["image/png"])
+    return notebook
+
+
+def _smaller(png: str) -> str:
+    """The same picture with a palette, a third of the size."""
+    smaller = io.BytesIO()
+    Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(COLOURS).save(smaller, "PNG", optimize=True)
+    return base64.b64encode(smaller.getvalue()).decode()
+
+
+if __name__ == "__main__":
+    main()

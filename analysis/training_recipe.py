@@ -1,0 +1,217 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # What upcycling is worth, and how to train it
+#
+# The first question is whether to upcycle at all: against going on with the dense model, and against the same mixture
+# from random weights, at the same training FLOPs. The others are about the recipe: learning rate, batch, optimizer.
+# Arms are paired by seed.
+#
+# Everything below is computed from the records in `UPCYCLE_RECORDS` (by default those committed at laptop scale),
+# the words of the answers too. Runs that have not finished are named and do not count.
+
+# %%
+import os
+from pathlib import Path
+
+import pandas as pd
+
+from upcycle.analysis import draw_comparison, draw_curves, draw_frontier, frontier
+from upcycle.analysis.prose import answer, introduction, judgement
+from upcycle.analysis.questions import Claim, judge, load_sweep
+from upcycle.manifest import read_manifest
+
+# %matplotlib inline
+RECORDS = os.environ.get("UPCYCLE_RECORDS", "results/laptop")
+NEMOTRON, SPARSE = "arXiv 2410.07524", "arXiv 2212.05055"
+HYPOTHESIS = "this sweep's hypothesis"
+
+# %% [markdown]
+# ## 1. Upcycled, continued, or from scratch
+
+# %%
+MODELS, SIZES = ("dense", "upcycle", "scratch"), ("half", "whole", "double")
+budget = load_sweep(RECORDS, "budget").called(*(f"{model}, {size}" for model in MODELS for size in SIZES))
+introduction(budget)
+
+# %% [markdown]
+# The loss of whole runs against what they spent. The dense model's own pretraining is counted in the second figure, for
+# arms that start from it:
+
+# %%
+SUNK = read_manifest(Path("../models/stdlib-250k"))["training"]["summary"]["train/flops"]
+ends = budget.runs.dropna(subset="val/loss").groupby("run", observed=True).tail(1)
+points = frontier(ends.assign(arm=ends["arm"].str.split(", ").str[0]), arms="arm", sunk_flops=SUNK)
+draw_frontier(points)
+
+# %%
+draw_frontier(points, with_sunk=True)
+
+# %% [markdown]
+# Within the budget of the sweep's baseline:
+
+# %%
+sizes = {size: budget.only(*(f"{model}, {size}" for model in MODELS)) for size in SIZES}
+draw_curves(sizes["whole"].runs, arms="arm")
+
+# %% [markdown]
+# **Answer.** Against the dense model, continued for the same FLOPs:
+
+# %%
+compared = pd.concat([part.compare(f"dense, {size}") for size, part in sizes.items()], ignore_index=True)
+draw_comparison(compared)
+
+# %%
+answer(compared)
+
+# %%
+claims = {
+    size: [
+        Claim(
+            source=NEMOTRON,
+            says="upcycling beats continued dense training (by 1.1 % at 2 B)",
+            arm=f"upcycle, {size}",
+            baseline=f"dense, {size}",
+            expected="lower",
+        ),
+        Claim(
+            source=SPARSE,
+            says="upcycling beats training from scratch",
+            arm=f"scratch, {size}",
+            baseline=f"upcycle, {size}",
+            expected="higher",
+        ),
+    ]
+    for size in SIZES
+}
+judgement(pd.concat([judge(sizes[size], claims[size]) for size in SIZES], ignore_index=True))
+
+# %% [markdown]
+# FLOPs that each arm saves on the way to the loss at which the dense model ends; NaN where a run never gets there:
+
+# %%
+sizes["double"].saving("dense, double", sunk_flops=SUNK).round(1)
+
+# %% [markdown]
+# ## 2. The learning rate
+
+# %%
+lr_reset = load_sweep(RECORDS, "lr_reset")
+introduction(lr_reset)
+
+# %%
+draw_curves(lr_reset.runs, arms="arm", against="step")
+
+# %% [markdown]
+# How far experts move from the dense FFN that they are copies of:
+
+# %%
+draw_curves(lr_reset.runs, arms="arm", metric="moe/dense_cosine", against="step")
+
+# %%
+compared = lr_reset.compare("reset to the peak")
+draw_comparison(compared)
+
+# %% [markdown]
+# **Answer.**
+
+# %%
+answer(compared)
+
+# %%
+answer(lr_reset.compare("reset to the peak", metric="moe/dense_cosine"), metric="moe/dense_cosine")
+
+# %%
+judgement(
+    judge(
+        lr_reset,
+        [
+            Claim(
+                source=NEMOTRON,
+                says="the constant minimum starts lower",
+                arm="constant minimum",
+                baseline="reset to the peak",
+                expected="lower",
+                until=0.25,
+            ),
+            Claim(
+                source=NEMOTRON,
+                says="and ends higher than a reset",
+                arm="constant minimum",
+                baseline="reset to the peak",
+                expected="higher",
+            ),
+            Claim(
+                source=NEMOTRON,
+                says="with it experts stay copies of the dense FFN",
+                arm="constant minimum",
+                baseline="reset to the peak",
+                expected="higher",
+                metric="moe/dense_cosine",
+            ),
+        ],
+    )
+)
+
+# %% [markdown]
+# ## 3. The batch
+
+# %%
+batch = load_sweep(RECORDS, "batch_size")
+introduction(batch)
+
+# %%
+compared = batch.compare("baseline")
+draw_comparison(compared)
+
+# %% [markdown]
+# **Answer.**
+
+# %%
+answer(compared)
+
+# %% [markdown]
+# ## 4. The optimizer
+
+# %%
+optimizer = load_sweep(RECORDS, "optimizer")
+introduction(optimizer)
+
+# %%
+compared = optimizer.compare("baseline")
+draw_comparison(compared)
+
+# %% [markdown]
+# **Answer.**
+
+# %%
+answer(compared)
+
+# %%
+judgement(
+    judge(
+        optimizer,
+        [
+            Claim(source=HYPOTHESIS, says=says, arm=arm, baseline="baseline", expected=expected)
+            for says, arm, expected in (
+                ("a longer second-moment average helps", "beta2=0.999", "lower"),
+                ("a higher learning rate of the experts helps", "expert_lr=2", "lower"),
+                ("weight decay hardly matters", "weight_decay=0", "same"),
+            )
+        ],
+    )
+)
+
+# %% [markdown]
+# ## Limits
+#
+# One size of dense model (two layers, a quarter of a million parameters, bytes), nearly saturated, and continued on the
+# text that it was pretrained on. The published advantage is one of hundred billion tokens; what is seen here is one of
+# a few million. p values are adjusted within one budget, not over all three. A mixture has eight times the FFN
+# parameters of the dense model that it is compared with: equal FLOPs are not equal memory.

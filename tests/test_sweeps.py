@@ -61,7 +61,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_sweep_is_valid_at_laptop_scale(name: str, upcycle: Callable[..., Outcome]) -> None:
     planned = upcycle("plan-sweep", f"+sweeps={name}", "scale=laptop", f"source={ROOT / 'models/stdlib-250k'}")
     assert planned.status == 0, planned.err
-    assert re.search(r"^\d+ runs \(\d+ arms, seeds 0, 1, 2, 3, 4\)", planned.out, flags=re.MULTILINE)
+    assert re.search(r"^\d+ runs \(\d+ arms, seeds \d[\d, ]+\)", planned.out, flags=re.MULTILINE)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -68,11 +69,17 @@ class Server:
     def answer(self, path: str, body: bytes) -> dict[str, Any]:
         if path == "/graphql":
             asked = json.loads(body)
-            operation = getattr(self, str(asked["operationName"]), lambda _variables: {})
-            return {"data": operation(asked["variables"])}
+            name = re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])
+            operation = getattr(self, name[1] if name else "", lambda _variables: {})
+            return {"data": operation(asked.get("variables") or {})}
         if path.endswith("/file_stream"):
             self.runs[path.split("/")[-2]].stream(json.loads(body))
         return {}
+
+    def Viewer(self, _variables: dict[str, Any]) -> dict[str, Any]:
+        return {"viewer": {"id": "u", "entity": ENTITY, "username": "someone", "email": "", "flags": "{}"}}
+
+    GetDefaultEntity = Viewer
 
     def UpsertBucket(self, variables: dict[str, Any]) -> dict[str, Any]:
         name = variables["name"]
@@ -87,6 +94,34 @@ class Server:
     def CreateRunFiles(self, variables: dict[str, Any]) -> dict[str, Any]:
         files = [{"name": name, "uploadUrl": f"{self.url}/files/{name}"} for name in variables["files"]]
         return {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": files}}
+
+    def Runs(self, variables: dict[str, Any]) -> dict[str, Any]:
+        """The public API's list of runs; of its filters only the group."""
+        group = json.loads(variables["filters"]).get("group")
+        asked = {
+            name: run
+            for name, run in self.runs.items()
+            if run.project == variables["project"] and group in (None, run.group)
+        }
+        edges = [{"node": {**self._bucket(name), "group": run.group}, "cursor": name} for name, run in asked.items()]
+        pages = {"endCursor": None, "hasNextPage": False}
+        known = any(run.project == variables["project"] for run in self.runs.values())
+        return {"project": {"runCount": len(edges), "runs": {"edges": edges, "pageInfo": pages}} if known else None}
+
+    def RunHistoryKeys(self, variables: dict[str, Any]) -> dict[str, Any]:
+        return _of_run({"historyKeys": {"lastStep": len(self.runs[variables["name"]].history) - 1}})
+
+    def RunParquetHistory(self, variables: dict[str, Any]) -> dict[str, Any]:
+        """Nothing was exported yet: all rows are live."""
+        history = self.runs[variables["runName"]].history
+        return _of_run(
+            {"parquetHistory": {"parquetUrls": [], "liveData": [{"_step": row["_step"]} for row in history]}}
+        )
+
+    def HistoryPage(self, variables: dict[str, Any]) -> dict[str, Any]:
+        rows = self.runs[variables["run"]].history
+        wanted = [row for row in rows if variables["minStep"] <= row["_step"] < variables["maxStep"]]
+        return _of_run({"history": [json.dumps(row) for row in wanted]})
 
     def _bucket(self, name: str) -> dict[str, Any]:
         run = self.runs[name]
@@ -111,6 +146,10 @@ class Server:
 
     def _project(self, name: str) -> dict[str, Any]:
         return {"id": name, "name": name, "entity": {"id": ENTITY, "name": ENTITY}}
+
+
+def _of_run(content: dict[str, Any]) -> dict[str, Any]:
+    return {"project": {"run": content}}
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""Finds records of runs, whoever keeps them: local run directories, and W&B offline directories.
+"""Finds records of runs, whoever keeps them: local run directories, W&B offline directories, and W&B servers.
 
-A reader turns its kind of directory into a `RunRecord`; all that follows is the same for every kind.
+A reader turns its kind of store into a `RunRecord`; all that follows is the same for every kind.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upcycle.analysis.run_record import RunRecord
+from upcycle.analysis.wandb_api import SCHEME, read_server
 from upcycle.analysis.wandb_offline import read_offline
 from upcycle.errors import RecordError, near_misses
 from upcycle.tracking.record import METRICS, RUN, check_training_run, read_run
@@ -47,27 +48,33 @@ READERS: tuple[tuple[Callable[[str], bool], Reader], ...] = (
 
 
 def read_records(places: Sequence[str | Path]) -> list[RunRecord]:
-    """Find every run below some places, in the order of the places and of their names.
+    """Find every run at some places, in the order of the places and of the runs' names; at a server, of their start.
 
     Raises:
         RecordError: a place does not exist or holds no run; a run is another project's, or of another schema version.
         SourceError: a run.json is damaged.
     """
-    found = {
-        directory.resolve(): (directory, reader)
-        for place in places
-        for directory, reader in _below(Path(place).expanduser())
-    }
+    found: dict[str | Path, Callable[[], RunRecord]] = {}
+    for place in places:
+        found |= _at_server(place) if str(place).startswith(SCHEME) else _below(Path(place).expanduser())
     runs: dict[str, RunRecord] = {}
-    for directory, reader in found.values():
-        part = reader(directory)
+    for read in found.values():
+        part = read()
         _check(part)
         before = runs.get(part.name)
         runs[part.name] = replace(part, parts=before.parts + part.parts) if before else part
     return list(runs.values())
 
 
-def _below(place: Path) -> list[tuple[Path, Reader]]:
+def _at_server(place: str | Path) -> dict[str | Path, Callable[[], RunRecord]]:
+    return {record.name: partial(_itself, record) for record in read_server(str(place))}
+
+
+def _itself(record: RunRecord) -> RunRecord:
+    return record
+
+
+def _below(place: Path) -> dict[str | Path, Callable[[], RunRecord]]:
     if not place.is_dir():
         siblings = [each.name for each in place.parent.iterdir()] if place.parent.is_dir() else []
         raise RecordError(
@@ -76,14 +83,14 @@ def _below(place: Path) -> list[tuple[Path, Reader]]:
             expected="a directory of a run, or one above runs",
             remedy=near_misses(place.name, siblings) if siblings else None,
         )
-    found = list(_walk(place))
+    found = {directory.resolve(): partial(reader, directory) for directory, reader in _walk(place)}
     if not found:
         raise RecordError(
             "no runs found",
             found=place,
             expected=f"directories with {RUN}, which upcycle train writes, or W&B offline directories",
         )
-    return found
+    return {**found}
 
 
 def _walk(place: Path) -> Iterator[tuple[Path, Reader]]:

@@ -31,7 +31,7 @@ FACTS = ("status", "git_commit", "data_hash", "order_hash", "steps", "flops_per_
 
 
 def load_runs(*places: str | Path) -> pd.DataFrame:
-    """The records of all runs below some places: local run directories and W&B offline directories.
+    """The records of all runs at some places: local run directories, W&B offline directories, and a W&B server.
 
     One row per run and step at which anything was logged. Columns:
 
@@ -43,13 +43,14 @@ def load_runs(*places: str | Path) -> pd.DataFrame:
       (of the budget), `flops_per_step`, `tokens_per_step`, `git_commit`.
 
     Args:
-        places: directories of runs, or above them.
+        places: directories of runs, or above them; `wandb:ENTITY/PROJECT`, or `wandb:ENTITY/PROJECT/GROUP`.
 
     Returns:
         The frame, by run and step.
 
     Raises:
-        RecordError: no runs, a run of another project or version of the schema, a damaged row.
+        RecordError: no runs, a run of another project or version of the schema, a damaged row, a server that does not
+            answer.
         SourceError: a run.json is damaged.
     """
     decoder, logged = RowDecoder(), []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import RecordError
 
@@ -46,13 +46,26 @@ def rows_of(log: Path) -> range:
     Raises:
         RecordError: it cannot be read.
     """
+    records = inspect(log)
+    steps = [record["history"]["item"]["_step"] for record in records if record["type"] == "history"]
+    return range(min(steps), max(steps) + 1) if steps else range(0)
+
+
+def inspect(log: Path) -> list[dict[str, Any]]:
+    """What W&B's own reader says is in an offline log, or in the directory of one.
+
+    Raises:
+        RecordError: it cannot be read.
+    """
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
-        raise RecordError("the offline W&B run cannot be read", found=f"{log}: {ended.stderr.strip()}")
-    records = map(json.loads, ended.stdout.splitlines())
-    steps = [record["history"]["item"]["_step"] for record in records if record["type"] == "history"]
-    return range(min(steps), max(steps) + 1) if steps else range(0)
+        raise RecordError(
+            "the offline W&B run cannot be read",
+            found=f"{log}: {ended.stderr.strip()}",
+            remedy="pip install 'wandb>=0.31'" if "No module named wandb" in ended.stderr else None,
+        )
+    return [json.loads(line) for line in ended.stdout.splitlines()]
 
 
 def send_log(log: Path) -> None:

@@ -48,7 +48,8 @@ def _record(name: str, run: Run) -> RunRecord:
         except Exception as error:  # as above
             raise _unread(name, error) from error
 
-    content: dict[str, Any] = {**run.config, "status": run.summary.get("status")}
+    summary: Any = run.summary
+    content: dict[str, Any] = {**run.config, "status": summary.get("status")}
     return RunRecord(name=name, content=content, parts=(rows,))
 
 

@@ -1,0 +1,156 @@
+"""The notebooks of analysis/ run to their end, say what their records say, and come out the same every time."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from cli import process
+from written_sweeps import write_sweep
+
+from upcycle.analysis.prose import answer
+from upcycle.analysis.questions import load_sweep
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+ROOT = Path(__file__).parent.parent.parent
+RENDER = ROOT / "analysis/render.py"
+NOTEBOOKS = {file.stem: file.read_text() for file in (ROOT / "analysis").glob("*.py") if file != RENDER}
+SWEEPS = {name: re.findall(r'load_sweep\(RECORDS, "(\w+)"\)', text) for name, text in NOTEBOOKS.items()}
+OF_SWEEPS = sorted(name for name, sweeps in SWEEPS.items() if sweeps)
+LARGEST = 500_000  # bytes of a rendered notebook
+QUICK = "initialization_and_scaling"
+
+
+def ending(arm: str, seed: int) -> float:
+    """An arm's own loss, a seed's own, and a little of both."""
+    own = random.Random(arm)
+    return 1.2 + own.uniform(-0.03, 0.03) + 0.02 * seed + random.Random(f"{arm} {seed}").gauss(0, 0.001)
+
+
+@pytest.fixture(scope="session")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every sweep that a notebook looks at, with three seeds."""
+    root = tmp_path_factory.mktemp("records")
+    for name in sorted({each for sweeps in SWEEPS.values() for each in sweeps}):
+        write_sweep(root, name, end=ending)
+    return root
+
+
+def render(name: str, output: Path, **environment: str) -> dict[str, Any]:
+    """Render as `make notebooks` does."""
+    ended = subprocess.run(
+        [sys.executable, str(RENDER), "--output", str(output), name],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    file = output / f"{name}.ipynb"
+    assert file.stat().st_size < LARGEST
+    notebook: dict[str, Any] = json.loads(file.read_text())
+    return notebook
+
+
+@pytest.fixture(scope="session")
+def rendered(records: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """Returns a notebook on those records, rendered on first use."""
+    root = tmp_path_factory.mktemp("rendered")
+    return functools.cache(lambda name: render(name, root, UPCYCLE_RECORDS=str(records)))
+
+
+def outputs(notebook: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for cell in notebook["cells"]:
+        yield from cell.get("outputs", [])
+
+
+def words(notebook: dict[str, Any]) -> list[str]:
+    """What its cells say."""
+    return ["".join(each["data"]["text/markdown"]) for each in outputs(notebook) if "text/markdown" in each["data"]]
+
+
+def check_clean(notebook: dict[str, Any]) -> None:
+    """Nothing but figures, words and tables: no warnings, no values that nobody asked for."""
+    for each in outputs(notebook):
+        assert each["output_type"] in ("execute_result", "display_data"), each
+        assert {"image/png", "text/markdown", "text/html"} & each["data"].keys(), each
+    assert any("image/png" in each["data"] for each in outputs(notebook))
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == QUICK else pytest.mark.slow) for n in OF_SWEEPS])
+def test_a_notebook_on_complete_records(name: str, records: Path, rendered: Callable[[str], dict[str, Any]]) -> None:
+    """Every sweep's question is answered, and every claim is about arms that there are."""
+    notebook = rendered(name)
+    check_clean(notebook)
+    said = words(notebook)
+    for sweep in SWEEPS[name]:
+        question = load_sweep(records, sweep).question
+        assert any(question in each and "| hardware |" in each for each in said) or name == "expansion_granularity_topk"
+    text = "\n".join(said)
+    assert "expected outcomes" in text
+    for absent in ("not measured", "No run has finished", "Nothing can be said yet", "**Missing.**"):
+        assert absent not in text
+
+
+def test_the_words_are_those_of_the_records(records: Path, rendered: Callable[[str], dict[str, Any]]) -> None:
+    assert answer(load_sweep(records, "initialization").compare("virtual_group")) in words(rendered(QUICK))
+
+
+@pytest.mark.slow
+def test_other_records_give_other_words(rendered: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
+    """No outcome is written into the notebook."""
+    write_sweep(tmp_path, "initialization", end=lambda arm, seed: ending(arm, seed) - 0.2 * (arm == "random"))
+    told = words(rendered(QUICK)), words(render(QUICK, tmp_path, UPCYCLE_RECORDS=str(tmp_path)))
+    claim = "random experts end higher than virtual groups"
+    before, after = (next(line for each in said for line in each.splitlines() if claim in line) for said in told)
+    assert "**disagrees**" in after
+    assert before != after
+
+
+@pytest.mark.slow
+def test_the_same_records_give_the_same_file(
+    records: Path, rendered: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
+    assert render(QUICK, tmp_path, UPCYCLE_RECORDS=str(records)) == rendered(QUICK)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_ran(tmp_path: Path) -> None:
+    """Records of a real sweep, in the middle of a campaign: what was not started says so."""
+    given = ("train", "-m", "+sweeps=layers", "scale=smoke", f"output={tmp_path / 'runs'}")
+    ended = process(*given, cwd=ROOT)
+    assert ended.status == 0, ended.err
+    notebook = render(QUICK, tmp_path, UPCYCLE_RECORDS=str(tmp_path / "runs"))
+    check_clean(notebook)
+    said = "\n".join(words(notebook))
+    assert "6 of 3 arms; seeds 0, 1" in said
+    assert "models/stdlib-250k" in said
+    assert "`upcycle train -m +sweeps=initialization scale=laptop output=DIR` makes the records" in said
+    assert "layers=every_2 with baseline" in said
+
+
+@pytest.mark.slow
+def test_specialisation(tmp_path: Path) -> None:
+    """It trains what it needs, and does not train again."""
+    given = {"UPCYCLE_SCALE": "smoke", "UPCYCLE_SEEDS": "1", "UPCYCLE_RUNS": str(tmp_path / "runs")}
+    notebook = render("specialisation", tmp_path, **given)
+    check_clean(notebook)
+    said = "\n".join(words(notebook))
+    assert "smoke: 5 steps" in said
+    for arm in ("micro_batch", "global_batch"):
+        for layer in (0, 1):
+            assert f"| {arm} | {layer} |" in said
+    assert "**more**" not in said  # one seed decides nothing
+    before = (tmp_path / "runs/micro_batch-0/metrics.jsonl").read_text()
+    render("specialisation", tmp_path, **given)
+    assert (tmp_path / "runs/micro_batch-0/metrics.jsonl").read_text() == before

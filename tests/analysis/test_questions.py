@@ -11,7 +11,7 @@ from written_sweeps import START, write_sweep
 
 from upcycle.analysis import compare, draw_comparison, draw_curves, draw_frontier, frontier, iso_loss_saving
 from upcycle.analysis.prose import answer, introduction, judgement, table
-from upcycle.analysis.questions import Claim, judge, load_sweep
+from upcycle.analysis.questions import NOT_STARTED, Claim, judge, load_sweep
 from upcycle.errors import RecordError
 
 if TYPE_CHECKING:
@@ -53,13 +53,13 @@ def test_finished_runs_have_their_arm(layers: Sweep) -> None:
 
 def test_what_is_missing_is_named(layers: Sweep, directory: Path, tmp_path: Path) -> None:
     assert layers.missing.to_dict("records") == [{"arm": FIRST, "seed": 2, "status": "failed"}]
-    assert "1 runs have not finished and do not count: layers=[0] (seed 2 failed)." in introduction(layers)
+    assert "have not finished and do not count: 1. layers=[0] (seed 2 failed)." in introduction(layers)
     index = directory / "layers.json"
     (tmp_path / "layers.json").write_text(index.read_text())
     started = load_sweep(tmp_path, "layers")
     assert started.runs.empty
-    assert set(started.missing["status"]) == {None}
-    assert "seed 0 not started" in introduction(started)
+    assert set(started.missing["status"]) == {NOT_STARTED}
+    assert "baseline (seed 0, 1, 2 not started), layers=every_2" in introduction(started)
 
 
 def test_a_sweep_that_was_not_started_has_its_question(tmp_path: Path) -> None:
@@ -172,6 +172,21 @@ def test_the_words_follow_the_records(layers: Sweep, directory: Path) -> None:
     alone = layers.compare(BASELINE).assign(percent_low=float("nan"), p_holm=float("nan"))
     assert "| – | 3 | – |" in answer(alone)
     assert introduction(layers)._repr_markdown_() == said
+
+
+def test_what_may_differ_is_said(tmp_path: Path) -> None:
+    """A mixture from scratch has no source to share with the dense model."""
+    write_sweep(tmp_path, "budget", end=lambda arm, seed: 1.0 + 0.01 * seed + ("scratch" in arm), seeds=(0, 1))
+    budget = load_sweep(tmp_path, "budget")
+    dense, scratch = budget.arms[0], budget.arms[6]
+    part = budget.only(dense, scratch)
+    with pytest.raises(RecordError, match="their source differ"):
+        part.compare(dense)
+    compared = part.compare(dense, allow=["source"])
+    assert f"as is meant: {scratch} (source)." in answer(compared)
+    claim = Claim(source="a", says="b", arm=scratch, baseline=dense, expected="higher", allow=("source",))
+    assert judge(part, [claim])["differs"].tolist() == ["source"]
+    assert part.saving(dense, sunk_flops=0.0, allow=["source"])["reached"].tolist() == [0]
 
 
 def test_a_table_keeps_its_cells() -> None:

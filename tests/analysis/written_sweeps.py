@@ -55,7 +55,8 @@ def write_sweep(
             status = "failed" if (arm, seed) in unfinished else "finished"
             last = end(arm, seed)
             losses = (START, (START + last) / 2, last)
-            run = write_run(root / directory, losses, seed=seed, facts={**SURROUNDINGS, "status": status})
+            facts = {**SURROUNDINGS, "status": status} | ({"source_sha256": None} if "scratch" in arm else {})
+            run = write_run(root / directory, losses, seed=seed, facts=facts)
             _add_metrics(run, last)
     content = {"sweep": name, **asdict(sweep), "runs": index}
     (root / f"{name}.json").write_text(json.dumps(content))

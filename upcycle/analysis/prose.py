@@ -63,6 +63,9 @@ def answer(compared: pd.DataFrame, *, metric: str = "val/loss") -> Markdown:
         "`lower` and `higher`: p below 0.05 after Holm's adjustment; `same`: the interval lies within ±1 %; "
         "`underpowered`: the pairs exclude neither no effect nor one of 1 %."
     )
+    differing = [f"{each.arm} ({each.differs})" for each in compared.itertuples() if each.differs]
+    if differing:
+        note += f" Arms that do not share everything with the baseline, as is meant: {'; '.join(differing)}."
     return Markdown(f"{table(head, rows)}\n\n{note}")
 
 
@@ -131,11 +134,12 @@ def _machine(hardware: Mapping[str, Any]) -> str:
 def _missing(sweep: Sweep) -> list[str]:
     if sweep.missing.empty:
         return []
-    arms = [
-        f"{arm} (" + ", ".join(f"seed {each.seed} {each.status or 'not started'}" for each in group.itertuples()) + ")"
-        for arm, group in sweep.missing.groupby("arm", sort=False)
-    ]
-    return [f"**Missing.** {len(sweep.missing)} runs have not finished and do not count: {'; '.join(arms)}."]
+    arms = [f"{arm} ({'; '.join(_statuses(group))})" for arm, group in sweep.missing.groupby("arm", sort=False)]
+    return [f"**Missing.** Runs that have not finished and do not count: {len(sweep.missing)}. {', '.join(arms)}."]
+
+
+def _statuses(group: pd.DataFrame) -> list[str]:
+    return [f"seed {_each(seeds)} {status}" for status, seeds in group.groupby("status", sort=False)[SEED]]
 
 
 def _found(judged: Mapping[str, Any]) -> str:
@@ -145,7 +149,7 @@ def _found(judged: Mapping[str, Any]) -> str:
     when = {0.0: " before the first step", 1.0: ""}.get(until, f" at {until:.0%} of the run")
     bounds = interval(judged["percent_low"], judged["percent_high"])
     measured = f"{judged['metric']}{when} {judged['verdict']}: {judged['percent']:+.2f} %"
-    return f"{measured} ({bounds}, {judged['pairs']:.0f} pairs)"
+    return f"{measured} ({bounds}, n = {judged['pairs']:.0f})"
 
 
 def _each(values: Iterable[Any]) -> str:

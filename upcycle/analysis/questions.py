@@ -27,6 +27,7 @@ from upcycle.tracking.schema import METRICS
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+NOT_STARTED = "not started"
 Verdict = Literal["lower", "higher", "same"]
 _SHIPPED = CONF / "sweeps"
 _TEXTS = ("question", "hypothesis", "metric", "published")
@@ -44,7 +45,7 @@ class Sweep:
         arms: names in the order of the file; none before it was started.
         runs: as `load_runs` gives them, with a column `arm`; finished runs only.
         records: run.json of the same runs, by `run`.
-        missing: `arm`, `seed` and `status` of the others; a status is None where a run never began.
+        missing: `arm`, `seed` and `status` of the others: what run.json says, or NOT_STARTED.
     """
 
     name: str
@@ -91,13 +92,16 @@ class Sweep:
         """The sweep with names for all its arms, in the order of the file."""
         return self.renamed(dict(zip(self.arms, names, strict=bool(self.arms))))
 
-    def compare(self, baseline: str, *, metric: str | None = None, until: float = 1.0) -> pd.DataFrame:
+    def compare(
+        self, baseline: str, *, metric: str | None = None, until: float = 1.0, allow: Sequence[str] = ()
+    ) -> pd.DataFrame:
         """`upcycle.analysis.compare` of the arms that have finished runs of the same seeds, in the order of the file.
 
         Args:
             baseline: the arm to compare with.
             metric: the sweep's own by default.
             until: share of each run to look at: the metric's last value in it, 0 for the one before the first step.
+            allow: what arms may not share.
 
         Returns:
             One row per arm; none where no run of the baseline has finished.
@@ -106,14 +110,17 @@ class Sweep:
         if runs.empty:
             return pd.DataFrame(columns=COLUMNS)
         runs = runs[runs["step"] <= until * runs["steps"]]
-        return self._in_order(compare(runs, arms="arm", baseline=baseline, metric=metric or self.metric))
+        metric = metric or self.metric
+        return self._in_order(compare(runs, arms="arm", baseline=baseline, metric=metric, allow=allow))
 
-    def saving(self, baseline: str, *, sunk_flops: float) -> pd.DataFrame:
+    def saving(self, baseline: str, *, sunk_flops: float, allow: Sequence[str] = ()) -> pd.DataFrame:
         """`upcycle.analysis.iso_loss_saving` of the same arms."""
         runs = self._paired(baseline)
         if runs.empty:
             return pd.DataFrame()
-        saved = iso_loss_saving(runs, arms="arm", baseline=baseline, sunk_flops=sunk_flops, metric=self.metric)
+        saved = iso_loss_saving(
+            runs, arms="arm", baseline=baseline, sunk_flops=sunk_flops, metric=self.metric, allow=allow
+        )
         return self._in_order(saved)
 
     def _paired(self, baseline: str) -> pd.DataFrame:
@@ -143,7 +150,7 @@ def load_sweep(directory: str | Path, name: str) -> Sweep:
     records = {run: read_run(place / run) for run in index if (place / run / RUN).exists()}
     finished = {run: record for run, record in records.items() if record["status"] == "finished"}
     missing = [
-        {"arm": each["arm"], SEED: each[SEED], "status": records.get(run, {}).get("status")}
+        {"arm": each["arm"], SEED: each[SEED], "status": records[run]["status"] if run in records else NOT_STARTED}
         for run, each in index.items()
         if run not in finished
     ]
@@ -194,7 +201,7 @@ class Claim:
         arm, baseline: the arms that it is about.
         expected: verdict of `compare` that would be the same outcome.
         metric: of the schema; None takes the sweep's own.
-        until: share of the run to look at, as for `Sweep.compare`.
+        until, allow: share of the run to look at and what the arms may not share, as for `Sweep.compare`.
     """
 
     source: str
@@ -204,6 +211,7 @@ class Claim:
     expected: Verdict
     metric: str | None = None
     until: float = 1.0
+    allow: tuple[str, ...] = ()
 
 
 def judge(sweep: Sweep, claims: Sequence[Claim]) -> pd.DataFrame:
@@ -222,7 +230,7 @@ def judge(sweep: Sweep, claims: Sequence[Claim]) -> pd.DataFrame:
         for arm in (claim.arm, claim.baseline):
             if sweep.arms and arm not in sweep.arms:
                 raise RecordError("the sweep has no such arm", found=arm, remedy=near_misses(arm, sweep.arms))
-        compared = sweep.compare(claim.baseline, metric=claim.metric, until=claim.until)
+        compared = sweep.compare(claim.baseline, metric=claim.metric, until=claim.until, allow=claim.allow)
         found = compared[compared["arm"] == claim.arm].to_dict("records")
         outcome = _outcome(claim.expected, found[0]["verdict"]) if found else "not measured"
         about = {"source": claim.source, "says": claim.says, "arm": claim.arm, "against": claim.baseline}

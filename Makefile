@@ -2,9 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
+CAMPAIGN := budget egt initialization router_order lr_reset balancing
 MEGABLOCKS := megablocks==0.10.0 stanford-stk==0.7.1
 
-.PHONY: demo test quick bench notebooks install-megablocks clean
+.PHONY: demo test quick bench campaign notebooks install-megablocks clean
 
 demo: $(VENV)/installed ## the main job on a real model
 	$(BIN)/python examples/demo.py
@@ -23,6 +24,12 @@ bench: $(VENV)/installed ## conversion against a plain write of the same bytes
 
 notebooks: $(VENV)/developing ## the notebooks on the records of the laptop scale, into analysis/rendered
 	$(BIN)/python analysis/render.py
+
+campaign: $(VENV)/developing ## the sweeps behind analysis/results/laptop: hours on two cores; runs that finished are skipped
+	for sweep in $(CAMPAIGN); do \
+	  OMP_NUM_THREADS=1 $(BIN)/upcycle train -m +sweeps=$$sweep scale=laptop output=analysis/results/laptop \
+	    hydra/launcher=joblib hydra.launcher.n_jobs=2; \
+	done
 
 install-megablocks: $(VENV)/installed ## the kernels of kernel=megablocks; without dependencies, which would replace torch
 	$(BIN)/python -m pip install --quiet setuptools "triton>=3.6"

@@ -77,9 +77,9 @@ def draw_lines(rows: pd.DataFrame, panel: Panel, looks: Mapping[str, Style]) -> 
     if panel.metric not in rows or rows[panel.metric].isna().all():
         return None
     figure = _figure()
+    logged = rows[["arm", panel.against, panel.metric]].dropna()
     for arm, style in looks.items():
-        found = _over_seeds(rows[(rows["arm"] == arm) & rows[panel.metric].notna()], panel)
-        if len(found):
+        if len(found := _over_seeds(logged[logged["arm"] == arm], panel)):
             figure.add_traces(_line(found, arm, style, panel))
     figure.update_xaxes(title=panel.x_title, exponentformat="SI")
     figure.update_yaxes(title=panel.unit)

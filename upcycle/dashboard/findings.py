@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from upcycle.analysis.compare import compare
-from upcycle.analysis.outcomes import check_columns, label
+from upcycle.analysis.outcomes import ALLOWED, check_columns, label
 from upcycle.errors import RecordError, near_misses
 
 if TYPE_CHECKING:
@@ -73,9 +73,12 @@ def find(
         allow: as for `compare`.
 
     Raises:
-        RecordError: no run has the metric.
+        RecordError: no run has the metric, or `allow` names something else.
     """
     check_columns(rows, metric)
+    for name in allow:
+        if name not in ALLOWED:
+            raise RecordError("allow names something unknown", found=name, remedy=near_misses(name, ALLOWED))
     with_metric = rows[rows[metric].notna()]["run"].unique()
     usable = rows[(rows["status"] == FINISHED) & rows["run"].isin(with_metric)]
     others = [arm for arm in arms if arm != baseline]

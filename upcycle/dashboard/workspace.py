@@ -61,7 +61,7 @@ def build_workspace(
         sections=[_section(section, layers) for section in SECTIONS],
         settings=ws.WorkspaceSettings(x_axis=STEP, max_runs=LINES_SHOWN),
         runset_settings=ws.RunsetSettings(
-            filters=[ws.Metric("Group") == group],
+            filters=f'Metric("Group") == "{_spelt(group)}"',
             groupby=[ws.Config(f"{OPTIONS}.{option}") for option in options],
             pinned_columns=[f"summary:{metric}", "summary:status"],
         ),
@@ -92,6 +92,11 @@ def as_json(workspace: Workspace) -> str:
     """What the server would be sent, validated by wandb-workspaces' own models."""
     view = workspace._to_model()
     return str(view.model_dump_json(by_alias=True, exclude_none=True, indent=1))
+
+
+def _spelt(text: str) -> str:
+    """The text as code points: wandb-workspaces doubles = and reads < as <= within the strings of a filter too."""
+    return "".join(f"\\U{ord(letter):08x}" for letter in text)
 
 
 def _section(section: Section, layers: tuple[int, ...]) -> Any:

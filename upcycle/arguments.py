@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 CONF = Path(__file__).parent / "conf"
 MULTIRUN = ("-m", "--multirun")
-BESIDE = ("hydra", "sweep")  # groups of a composed config that are not options of the command
+ARM = "arm"  # of a sweep, to run it alone
+BESIDE = ("hydra", "sweep", ARM)  # what of a composed config is no option of the command
 
 # What an arm needs to differ from a scale by a factor: `${times:${schedule.peak},0.3}`.
 OmegaConf.register_new_resolver("times", lambda one, other: one * other, replace=True)
@@ -43,8 +44,9 @@ def is_sweep(arguments: Sequence[str]) -> bool:
 
 
 def names_sweep(arguments: Sequence[str]) -> bool:
-    """Whether a multirun is over the arms of a file of `sweeps/`, which expands them itself."""
-    return is_sweep(arguments) and any(argument.startswith("+sweeps=") for argument in arguments)
+    """Whether the arms of a file of `sweeps/` are to run, which expands them itself: in a multirun, or one by name."""
+    one = any(argument.lstrip("+").startswith(f"{ARM}=") for argument in arguments)
+    return (one or is_sweep(arguments)) and any(argument.startswith("+sweeps=") for argument in arguments)
 
 
 def without_multirun(arguments: Sequence[str]) -> list[str]:

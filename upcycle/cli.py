@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from upcycle import config as options
 from upcycle.arguments import (
+    ARM,
     CONF,
     MULTIRUN,
     is_sweep,
@@ -95,7 +96,7 @@ COMMANDS = {
         summary="what a sweep would run and cost, and everything wrong with it",
         options=None,
         function="upcycle.sweep.command:show",
-        paths=("source", "output", "tokenizer"),
+        paths=("source", "output", "tokenizer", "agent"),
     ),
     "dashboard": Command(
         summary="the W&B workspace of a sweep",
@@ -141,7 +142,7 @@ SWEEP = Command(
     summary="train over the arms and seeds of a sweep",
     options=None,
     function="upcycle.sweep.command:train",
-    paths=COMMANDS["train"].paths,
+    paths=(*COMMANDS["train"].paths, f"+{ARM}", f"++{ARM}"),  # names of arms need no quotes either
 )
 
 
@@ -241,7 +242,12 @@ def _sweep_into(scratch: str, arguments: Sequence[str]) -> list[str]:
 
 def _execute(command: Command, composed: DictConfig) -> int:
     if command.options and "question" in composed.get("sweep", {}):
-        raise ConfigError("+sweeps=NAME is for a multirun", found="no -m", expected="-m +sweeps=NAME", remedy="add -m")
+        raise ConfigError(
+            "+sweeps=NAME is for a multirun, or for one of its arms",
+            found="neither -m nor +arm=NAME",
+            expected="-m +sweeps=NAME",
+            remedy="add -m",
+        )
     given = typed_options(command.options, composed) if command.options else composed
     module, function = command.function.split(":")
     with Interruption():

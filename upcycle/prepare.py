@@ -79,7 +79,7 @@ def prepare(config: ConversionConfig, *, execute: bool) -> Conversion:
         plan=plan,
         cost=cost(plan, model, bytes_per_element={code: dtype_bytes(code) for code in FLOATING}),
         shards=layout_shards(specs, max_shard_bytes),
-        free=_free_bytes(expanded(config.output or ".")),
+        free=free_bytes(expanded(config.output or ".")),
     )
 
 
@@ -112,6 +112,7 @@ def check_apart(source: Path, output: Path) -> None:
         )
 
 
-def _free_bytes(output: Path) -> int:
+def free_bytes(output: Path) -> int:
+    """Bytes free where something will be written."""
     existing = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
     return shutil.disk_usage(existing).free

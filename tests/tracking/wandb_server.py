@@ -60,11 +60,15 @@ class Server:
         url: where it listens.
         runs: by id.
         status: of every answer; nothing is kept unless it is 200.
+        sweeps: configs by id.
+        commands: for the agents of sweeps, one each time that they ask.
     """
 
     url: str
     runs: dict[str, Kept] = field(default_factory=dict)
     status: int = 200
+    sweeps: dict[str, str] = field(default_factory=dict)
+    commands: list[dict[str, Any]] = field(default_factory=list)
 
     def answer(self, path: str, body: bytes) -> dict[str, Any]:
         if path == "/graphql":
@@ -107,6 +111,23 @@ class Server:
         pages = {"endCursor": None, "hasNextPage": False}
         known = any(run.project == variables["project"] for run in self.runs.values())
         return {"project": {"runCount": len(edges), "runs": {"edges": edges, "pageInfo": pages}} if known else None}
+
+    def UpsertSweep(self, variables: dict[str, Any]) -> dict[str, Any]:
+        name = f"sweep{len(self.sweeps)}"
+        self.sweeps[name] = variables["config"]
+        sweep = {"name": name, "project": self._project(variables["projectName"])}
+        return {"upsertSweep": {"sweep": sweep, "configValidationWarnings": []}}
+
+    def SweepWithRuns(self, variables: dict[str, Any]) -> dict[str, Any]:
+        sweep = {"name": variables["sweep"], "config": self.sweeps[variables["sweep"]], "runs": {"edges": []}}
+        return {"project": {"sweep": sweep}}
+
+    def CreateAgent(self, _variables: dict[str, Any]) -> dict[str, Any]:
+        return {"createAgent": {"agent": {"id": "agent"}}}
+
+    def Heartbeat(self, _variables: dict[str, Any]) -> dict[str, Any]:
+        commands = [self.commands.pop(0)] if self.commands else []
+        return {"agentHeartbeat": {"agent": {"id": "agent"}, "commands": json.dumps(commands)}}
 
     def RunHistoryKeys(self, variables: dict[str, Any]) -> dict[str, Any]:
         return _of_run({"historyKeys": {"lastStep": len(self.runs[variables["name"]].history) - 1}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -59,6 +60,31 @@ def replacing(path: Path) -> Iterator[int]:
         os.close(descriptor)
     with output_errors(path):
         draft.rename(path)
+
+
+@contextmanager
+def locked(path: Path, *, busy: str | None = None) -> Iterator[None]:
+    """Hold a file's lock, which the operating system drops when the process ends.
+
+    The file stays: others may wait on it.
+
+    Args:
+        path: of the file, created if it is not there.
+        busy: what to raise when another process holds it; None waits for that process.
+
+    Raises:
+        OutputError: another process holds it, or the file cannot be written.
+    """
+    with output_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            raise OutputError(str(busy), remedy="wait for it to end") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_all(descriptor: int, data: bytes | memoryview, path: Path) -> None:

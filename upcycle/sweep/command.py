@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from upcycle.checkpoint.files import write_text
 from upcycle.errors import ConfigError
+from upcycle.prepare import free_bytes
 from upcycle.source import expanded
+from upcycle.sweep.agent import agent_config
 from upcycle.sweep.plan import SweepPlan, plan_sweep
 from upcycle.sweep.render import endings_table, plan_table, unfinished
 from upcycle.sweep.run import endings, run_sweep
@@ -25,20 +27,35 @@ GROUP = "sweeps"
 
 def show(composed: DictConfig) -> int:
     """`upcycle plan-sweep`: what a sweep would run and cost, or everything that is wrong with it."""
+    if composed.agent:
+        _check_output(composed)
     output = expanded("." if OmegaConf.is_missing(composed, "output") else composed.output)
-    Console().print(plan_table(_plan(composed, output, execute=False), free=_free(output)))
+    plan = _plan(composed, output, execute=False)
+    Console().print(plan_table(plan, free=free_bytes(output)))
+    if composed.agent:
+        config = agent_config(
+            plan,
+            output=output,
+            overrides=_overrides(),
+            flags=_flags(),
+            project=composed.wandb.project,
+            entity=composed.wandb.entity,
+        )
+        write_text(expanded(composed.agent), OmegaConf.to_yaml(OmegaConf.create(config)))
+        print(f"wrote {composed.agent}\nnext: wandb sweep {composed.agent}")
     return 0
 
 
 def train(composed: DictConfig) -> int:
-    """`upcycle train -m +sweeps=NAME`: run what has not finished, then list all; 1 if a run did not finish."""
-    if OmegaConf.is_missing(composed, "output"):
-        raise ConfigError("a required option is missing", found="nothing", expected="output=…", remedy="add output=DIR")
+    """`upcycle train -m +sweeps=NAME`: run what has not finished, then list all; 1 if a run did not finish.
+
+    With `+arm=NAME seed=N` instead of `-m`, that one run.
+    """
+    _check_output(composed)
     output = expanded(composed.output)
     plan = _plan(composed, output, execute=True)
-    Console(stderr=True).print(plan_table(plan, free=_free(output)))
-    given = HydraConfig.get().overrides
-    run_sweep(plan, output=output, overrides=given.task, launcher=given.hydra)
+    Console(stderr=True).print(plan_table(plan, free=free_bytes(output)))
+    run_sweep(plan, output=output, overrides=_overrides(), launcher=HydraConfig.get().overrides.hydra)
     ended = endings(plan)
     Console().print(endings_table(plan, ended))
     left = unfinished(ended)
@@ -51,11 +68,20 @@ def _plan(composed: DictConfig, output: Path, *, execute: bool) -> SweepPlan:
     choices = HydraConfig.get().runtime.choices
     if GROUP not in choices:
         raise ConfigError("there is no sweep", found="nothing", expected="+sweeps=NAME", remedy="add +sweeps=NAME")
-    return plan_sweep(
-        composed, name=choices[GROUP], overrides=HydraConfig.get().overrides.task, output=output, execute=execute
-    )
+    return plan_sweep(composed, name=choices[GROUP], overrides=_overrides(), output=output, execute=execute)
 
 
-def _free(output: Path) -> int:
-    existing = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
-    return shutil.disk_usage(existing).free
+def _check_output(composed: DictConfig) -> None:
+    if OmegaConf.is_missing(composed, "output"):
+        raise ConfigError("a required option is missing", found="nothing", expected="output=…", remedy="add output=DIR")
+
+
+def _overrides() -> list[str]:
+    """The command line, without what is not for its runs."""
+    return [each for each in HydraConfig.get().overrides.task if not each.startswith("agent=")]
+
+
+def _flags() -> list[str]:
+    """Hydra's flag for the directory of the user's own sweeps."""
+    sources = HydraConfig.get().runtime.config_sources
+    return [f"--config-dir={each.path}" for each in sources if each.provider == "command-line"]

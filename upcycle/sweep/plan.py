@@ -13,8 +13,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from upcycle.arguments import readable, typed_options
-from upcycle.errors import ConfigError, UpcycleError
+from upcycle.arguments import ARM, readable, typed_options
+from upcycle.errors import ConfigError, UpcycleError, near_misses
 from upcycle.sweep.check import Estimate, estimate
 from upcycle.sweep.config import SweepConfig
 from upcycle.sweep.expand import Arm, expand
@@ -57,6 +57,7 @@ class SweepPlan:
         name: of its file.
         sweep: its options.
         arms: the arms.
+        seeds: with which each arm runs.
         estimates: what one run of each arm takes, by name.
         jobs: every run: all arms with the first seed, then with the next one, so that what an interrupted sweep leaves
             is paired.
@@ -65,6 +66,7 @@ class SweepPlan:
     name: str
     sweep: SweepConfig
     arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
     estimates: Mapping[str, Estimate]
     jobs: tuple[Job, ...]
 
@@ -87,11 +89,16 @@ def plan_sweep(composed: DictConfig, *, name: str, overrides: Sequence[str], out
         output: directory of all runs.
         execute: whether the sweep will run: weights of sources must be there.
 
+    Returns:
+        The sweep; with `arm` in `composed` that arm alone, with the seed that `composed` has.
+
     Raises:
-        ConfigError: the sweep is not valid, arms are not (all are listed), or two arms are the same.
+        ConfigError: the sweep is not valid, has no such arm, arms are not (all are listed), or two arms are the same.
     """
     sweep = _sweep_options(composed)
-    arms = expand(sweep)
+    arms, seeds = expand(sweep), tuple(sweep.seeds)
+    if ARM in composed:
+        arms, seeds = (_named(str(composed[ARM]), arms),), (composed.seed,)
     configs, estimates, errors = dict[str, TrainConfig](), dict[str, Estimate](), dict[str, str]()
     for arm in arms:
         try:
@@ -104,8 +111,8 @@ def plan_sweep(composed: DictConfig, *, name: str, overrides: Sequence[str], out
         found = "".join(f"\n  {arm}: " + error.replace("\n", "\n  ") for arm, error in errors.items())
         raise ConfigError(f"{len(errors)} of {len(arms)} arms are not valid, and nothing was started", found=found)
     _check_different(configs)
-    jobs = tuple(_job(arm, configs[arm.name], seed, output) for seed in sweep.seeds for arm in arms)
-    return SweepPlan(name=name, sweep=sweep, arms=arms, estimates=estimates, jobs=jobs)
+    jobs = tuple(_job(arm, configs[arm.name], seed, output) for seed in seeds for arm in arms)
+    return SweepPlan(name=name, sweep=sweep, arms=arms, seeds=seeds, estimates=estimates, jobs=jobs)
 
 
 def config_hash(config: TrainConfig) -> str:
@@ -123,6 +130,13 @@ def _sweep_options(composed: DictConfig) -> SweepConfig:
     if sweep.metric not in {metric.name for metric in METRICS}:
         raise ConfigError("sweep.metric is not a metric", found=sweep.metric, expected="a name of tracking/schema.py")
     return sweep
+
+
+def _named(name: str, arms: Sequence[Arm]) -> Arm:
+    known = {arm.name: arm for arm in arms}
+    if name not in known:
+        raise ConfigError("the sweep has no such arm", found=name, expected=near_misses(name, known))
+    return known[name]
 
 
 def _check_different(configs: Mapping[str, TrainConfig]) -> None:

@@ -46,7 +46,7 @@ def _totals(plan: SweepPlan, free: int) -> list[str]:
     sweep = plan.sweep
     finished = sum(status_of(job.directory) == FINISHED for job in plan.jobs)
     lines = [
-        f"{len(plan.jobs)} runs ({len(plan.arms)} arms, seeds {', '.join(map(str, sweep.seeds))}), {finished} finished",
+        f"{len(plan.jobs)} runs ({len(plan.arms)} arms, seeds {', '.join(map(str, plan.seeds))}), {finished} finished",
         f"{plan.flops:.3g} FLOPs, {_time(plan.flops / sweep.flops_per_second)} one after the other at "
         f"{sweep.flops_per_second:.3g} FLOP/s",
         f"{plan.disk / 1e9:.2f} GB of checkpoints, {free / 1e9:.1f} GB free",
@@ -61,7 +61,7 @@ def endings_table(plan: SweepPlan, ended: Sequence[Ending]) -> Table:
     """The sweep's metric by arm and seed."""
     table = Table(box=box.SIMPLE, title=f"{plan.name}: {plan.sweep.metric}", title_justify="left")
     table.add_column("arm", overflow="fold")
-    for seed in plan.sweep.seeds:
+    for seed in plan.seeds:
         table.add_column(f"seed {seed}", justify="right")
     cells = defaultdict[str, list[str]](list)
     for each in ended:

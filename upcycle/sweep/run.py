@@ -13,7 +13,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 
 from upcycle.arguments import quoted
-from upcycle.checkpoint.files import write_text
+from upcycle.checkpoint.files import locked, write_text
 from upcycle.sweep.job import FINISHED, log_of, run_job, status_of
 from upcycle.sweep.plan import COMMAND
 from upcycle.tracking.record import read_run
@@ -105,9 +105,12 @@ def _last_lines(log: Path) -> tuple[str, ...]:
 def _write_index(plan: SweepPlan, output: Path) -> None:
     """DIR/NAME.json: the question, and which directory is which arm with which seed; earlier ones stay named."""
     path = output / f"{plan.name}.json"
-    earlier = json.loads(path.read_text())["runs"] if path.exists() else {}
-    now = {
-        job.directory.name: {"arm": job.arm, "seed": job.seed, "overrides": list(job.overrides)} for job in plan.jobs
-    }
-    content = {"sweep": plan.name, **asdict(plan.sweep), "runs": earlier | now}
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    output.mkdir(parents=True, exist_ok=True)
+    with locked(output / f".{plan.name}.lock"):  # W&B's agents start arms of one sweep side by side
+        earlier = json.loads(path.read_text())["runs"] if path.exists() else {}
+        now = {
+            job.directory.name: {"arm": job.arm, "seed": job.seed, "overrides": list(job.overrides)}
+            for job in plan.jobs
+        }
+        content = {"sweep": plan.name, **asdict(plan.sweep), "runs": earlier | now}
+        write_text(path, json.dumps(content, indent=1) + "\n")

@@ -38,6 +38,15 @@ def new_identity(project: str, entity: str | None) -> Identity:
     return {"id": secrets.token_hex(4), "project": project, "entity": entity}
 
 
+def agents_identity() -> Identity | None:
+    """The W&B run that a sweep's agent has started this process for; its client takes no other name."""
+    environment = os.environ
+    if "WANDB_SWEEP_ID" not in environment:
+        return None
+    names = {"id": "WANDB_RUN_ID", "project": "WANDB_PROJECT", "entity": "WANDB_ENTITY"}
+    return {key: environment.get(name) for key, name in names.items()}
+
+
 class Mirror:
     """An open W&B run, and what of the record it holds.
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from upcycle.tracking.record import RUN, read_run
-from upcycle.tracking.wandb_mirror import Mirror, artifacts, new_identity, open_mirror
+from upcycle.tracking.wandb_mirror import Mirror, agents_identity, artifacts, new_identity, open_mirror
 from upcycle.tracking.wandb_offline import offline_rows, set_aside, unsent_logs
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class TrainingMirror:
     def __enter__(self) -> Self:
         """Open the W&B run."""
         if self._options.mode != "disabled":
-            self._identity = self._identity or new_identity(self._options.project, self._options.entity)
+            options = self._options
+            self._identity = agents_identity() or self._identity or new_identity(options.project, options.entity)
         if self._identity:
             self._record.describe(wandb=self._identity)
         if self._options.mode != "disabled":

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from cli import process
 from written_sweeps import write_sweep
 
 from upcycle.analysis.prose import answer
@@ -22,6 +21,9 @@ from upcycle.analysis.questions import load_sweep
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from cli import Outcome
+
+pytest_plugins = ("text_model", "tiny")
 ROOT = Path(__file__).parent.parent.parent
 RENDER = ROOT / "analysis/render.py"
 NOTEBOOKS = {file.stem: file.read_text() for file in (ROOT / "analysis").glob("*.py") if file != RENDER}
@@ -125,15 +127,17 @@ def test_the_same_records_give_the_same_file(
 
 
 @pytest.mark.slow
-def test_a_sweep_that_ran(tmp_path: Path) -> None:
+def test_a_sweep_that_ran(upcycle: Callable[..., Outcome], text: Path, tmp_path: Path) -> None:
     """Records of a real sweep, in the middle of a campaign: what was not started says so."""
-    given = ("train", "-m", "+sweeps=layers", "scale=smoke", f"output={tmp_path / 'runs'}")
-    ended = process(*given, cwd=ROOT)
+    ended = upcycle(
+        *("train", "-m", "+sweeps=layers", "scale=smoke", "sweep.seeds=[0]", f"source={ROOT / 'models/stdlib-250k'}"),
+        *("data=text", f"data.files='{text}/*.txt'", "data.held_out=2", f"output={tmp_path / 'runs'}"),
+    )
     assert ended.status == 0, ended.err
     notebook = render(QUICK, tmp_path, UPCYCLE_RECORDS=str(tmp_path / "runs"))
     check_clean(notebook)
     said = "\n".join(words(notebook))
-    assert "6 of 3 arms; seeds 0, 1" in said
+    assert "3 of 3 arms; seeds 0" in said
     assert "models/stdlib-250k" in said
     assert "`upcycle train -m +sweeps=initialization scale=laptop output=DIR` makes the records" in said
     assert "layers=every_2 with baseline" in said

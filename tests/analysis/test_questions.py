@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -172,6 +173,19 @@ def test_the_words_follow_the_records(layers: Sweep, directory: Path) -> None:
     alone = layers.compare(BASELINE).assign(percent_low=float("nan"), p_holm=float("nan"))
     assert "| – | 3 | – |" in answer(alone)
     assert introduction(layers)._repr_markdown_() == said
+
+
+def test_what_runs_did_not_record_is_said(layers: Sweep) -> None:
+    """Away from a repository there is no commit, and pandas holds NaN for it."""
+    bare = {"git_commit": None, "hardware": None, "versions": None}
+    records = {
+        run: {name: value for name, value in (record | bare).items() if value or name == "git_commit"}
+        for run, record in layers.records.items()
+    }
+    runs = layers.runs.assign(git_commit=float("nan"))
+    said = introduction(replace(layers, records=records, runs=runs))
+    assert "| hardware | not recorded;" in said
+    assert "not recorded; commit unknown" in said
 
 
 def test_what_may_differ_is_said(tmp_path: Path) -> None:

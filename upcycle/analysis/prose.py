@@ -112,6 +112,7 @@ def _settings(sweep: Sweep) -> dict[str, str]:
     hardware = [_machine(record["hardware"]) for record in sweep.records.values() if "hardware" in record]
     versions = [" ".join(each) for record in sweep.records.values() for each in record.get("versions", {}).items()]
     runs = sweep.runs.groupby("run", sort=False, observed=True)
+    commits = [(record.get("git_commit") or "unknown")[:10] for record in sweep.records.values()]
     hours = float((runs["train/step_seconds"].mean() * runs["step"].max()).sum()) / 3600
     return {
         "runs": f"{len(ends)} of {ends['arm'].nunique()} arms; seeds {_each(ends[SEED])}",
@@ -122,7 +123,7 @@ def _settings(sweep: Sweep) -> dict[str, str]:
         f"{_span(ends['train/tokens'] / 1e6, '.3g')} M tokens, {_span(ends['step'], ',.0f')} steps",
         "peak learning rate": _each(each["schedule.peak"] for each in options),
         "hardware": f"{_each(hardware)}; {hours:.2g} h of training in all",
-        "versions": f"{_each(versions)}; commit {_each((each or 'unknown')[:10] for each in ends['git_commit'])}",
+        "versions": f"{_each(versions)}; commit {_each(commits)}",
     }
 
 

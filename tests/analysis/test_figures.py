@@ -6,19 +6,20 @@ from io import BytesIO
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
+from scipy import stats
 from written import write_arms
 
 from upcycle.analysis import compare, draw_comparison, draw_curves, draw_frontier, frontier, load_runs
-from upcycle.analysis.figures import COLOURS
+from upcycle.analysis.figures import COLOURS, draw_explained, draw_shares
 from upcycle.errors import RecordError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import pandas as pd
     from matplotlib.figure import Figure
 
 ENDS = {"exact": [3.0, 3.1, 2.9], "none": [3.3, 3.2, 3.22], "paper": [2.8, 2.95, 2.71]}
@@ -107,3 +108,51 @@ def test_a_frontier(runs: pd.DataFrame, with_sunk: bool) -> None:
     assert front.get_xdata().tolist() == [offset, 1000 + offset, 2000 + offset]
     assert front.get_ydata()[-1] == pytest.approx(np.mean(ENDS["paper"]))
     assert saved(figure)
+
+
+def test_heat_maps_of_shares() -> None:
+    """One scale for all, so that colours can be compared; labels once."""
+    tables = {
+        f"layer {layer}": pd.DataFrame({"space": [0.9, 0.1], "word start": [0.5, 0.5 - 0.1 * layer]})
+        for layer in range(3)
+    }
+    figure = draw_shares(tables, columns=2)
+    maps, colorbar = figure.axes[:4], figure.axes[-1]
+    assert [axes.get_title() for axes in maps[:3]] == list(tables)
+    assert [axes.get_visible() for axes in maps] == [True, True, True, False]
+    for axes, table in zip(maps, tables.values(), strict=False):
+        (image,) = axes.images
+        np.testing.assert_allclose(image.get_array(), 100 * table)
+        assert image.get_clim() == (0, 90)
+    assert [text.get_text() for text in maps[2].get_xticklabels()] == ["space", "word start"]
+    assert "%" in colorbar.get_ylabel()
+    assert saved(figure)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_what_is_explained(seeds: int) -> None:
+    rows = [
+        {"arm": arm, "seed": seed, "layer": layer, "explained": 0.1 + 0.2 * (arm == "trained") + 0.01 * seed * layer}
+        for arm in ("step 0", "trained")
+        for seed in range(seeds)
+        for layer in (0, 1)
+    ]
+    figure = draw_explained(pd.DataFrame(rows), of="domain")
+    (axes,) = figure.axes
+    assert "domain" in axes.get_ylabel()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["step 0", "trained"]
+    points, _, (bars,) = axes.containers[1].lines
+    assert points.get_ydata() == pytest.approx([30, 30 + (seeds - 1) / 2])
+    if seeds > 1:
+        low, high = bars.get_segments()[1][:, 1]
+        interval = stats.ttest_1samp([30, 31, 32], 0).confidence_interval(0.95)
+        assert (low, high) == pytest.approx((interval.low, interval.high))
+    assert saved(figure)
+
+
+def test_nothing_to_draw_is_said(runs: pd.DataFrame) -> None:
+    """No legend, no warning about one, and a word."""
+    (axes,) = draw_curves(runs[:0], arms="init.scaling").axes
+    assert axes.get_legend() is None
+    assert [text.get_text() for text in axes.texts] == ["no runs have finished"]
+    assert saved(draw_comparison(compare(runs, arms="init.scaling", baseline="exact")[:0]))

@@ -170,6 +170,9 @@ def test_the_words_follow_the_records(layers: Sweep, directory: Path) -> None:
         assert fact in said
     row = layers.compare(BASELINE).iloc[0]
     assert f"| {row['value']:.4f} | {row['percent']:+.2f} % |" in answer(layers.compare(BASELINE))
+    assert answer(layers.compare(BASELINE)).startswith(
+        "Against the baseline, higher: layers=every_2; too few pairs to tell: layers=[0].\n"
+    )
     alone = layers.compare(BASELINE).assign(percent_low=float("nan"), p_holm=float("nan"))
     assert "| – | 3 | – |" in answer(alone)
     assert introduction(layers)._repr_markdown_() == said

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from upcycle.analysis.questions import Sweep
 
+_VERDICTS = {"lower": "lower", "higher": "higher", "same": "within ±1 %", "underpowered": "too few pairs to tell"}
 _OUTCOMES = ("agrees", "disagrees", "undecided", "not measured")
 
 
@@ -66,7 +67,9 @@ def answer(compared: pd.DataFrame, *, metric: str = "val/loss") -> Markdown:
     differing = [f"{each.arm} ({each.differs})" for each in compared.itertuples() if each.differs]
     if differing:
         note += f" Arms that do not share everything with the baseline, as is meant: {'; '.join(differing)}."
-    return Markdown(f"{table(head, rows)}\n\n{note}")
+    arms = {verdict: compared.loc[compared["verdict"] == verdict, "arm"] for verdict in _VERDICTS}
+    summary = [f"{_VERDICTS[verdict]}: {', '.join(each)}" for verdict, each in arms.items() if len(each)]
+    return Markdown(f"Against the baseline, {'; '.join(summary)}.\n\n{table(head, rows)}\n\n{note}")
 
 
 def judgement(judged: pd.DataFrame) -> Markdown:

@@ -170,6 +170,7 @@ def _line(found: pd.DataFrame, arm: str, style: Style, panel: Panel) -> list[go.
     mean = go.Scatter(
         x=found.index,
         y=found["mean"],
+        meta=[found["mean"].min(), found["mean"].max()],  # what the page fits the axis to, as bands may be far wider
         customdata=found[["low", "high", "count"]].fillna(np.inf),
         mode="lines" if len(found) > 1 else "markers",
         line={"color": style.colour, "dash": style.dash, "width": 2},

@@ -12,9 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 
 from upcycle.arch.targets import TARGETS
 from upcycle.arguments import typed_options
-from upcycle.checkpoint.files import write_text
 from upcycle.dashboard.workspace import as_json, build_workspace, push
 from upcycle.errors import ConfigError
+from upcycle.files import write_text
 from upcycle.model_config import read_config
 from upcycle.moe_config import describe_moe
 from upcycle.prepare import prepare

@@ -10,12 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upcycle.checkpoint.files import write_text
 from upcycle.dashboard.findings import CONFIDENCE, SMALLEST_PERCENT, choose_baseline, find
 from upcycle.dashboard.panels import SECTIONS
 from upcycle.dashboard.records import read_place
 from upcycle.dashboard.tables import provenance, run_rows, unit_of
 from upcycle.errors import ConfigError, OutputError
+from upcycle.files import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

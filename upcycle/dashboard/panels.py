@@ -40,10 +40,6 @@ class Panel:
         return self._known.meaning
 
     @property
-    def y_title(self) -> str:
-        return f"{self.metric} ({self.unit})" if self.unit else self.metric
-
-    @property
     def x_title(self) -> str:
         return _AXES[self.against]
 

@@ -11,12 +11,12 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from upcycle.checkpoint.files import write_text
 from upcycle.data.corpus import build_corpus
 from upcycle.errors import ConfigError
 from upcycle.evaluation.harness import Harness
 from upcycle.evaluation.losses import domain_losses
 from upcycle.evaluation.model import load_model
+from upcycle.files import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

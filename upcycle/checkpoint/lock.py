@@ -10,8 +10,8 @@ import shutil
 import weakref
 from typing import TYPE_CHECKING, Final
 
-from upcycle.checkpoint.files import DRAFT_SUFFIX, output_errors, write_all
 from upcycle.errors import OutputError
+from upcycle.files import DRAFT_SUFFIX, output_errors, write_all
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from upcycle.checkpoint.dtypes import torch_dtype
-from upcycle.checkpoint.files import (
+from upcycle.checkpoint.layout import Shard, TensorSpec, index_json, layout_shards
+from upcycle.checkpoint.lock import StagingLock
+from upcycle.errors import OutputError, SourceError
+from upcycle.files import (
     output_errors,
     replacing,
     sync_directory,
@@ -21,9 +24,6 @@ from upcycle.checkpoint.files import (
     write_text,
     writing_behind,
 )
-from upcycle.checkpoint.layout import Shard, TensorSpec, index_json, layout_shards
-from upcycle.checkpoint.lock import StagingLock
-from upcycle.errors import OutputError, SourceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

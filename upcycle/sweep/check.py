@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from upcycle.quiet import only_warnings
 from upcycle.source import open_source
 from upcycle.train.equip import equip
 from upcycle.train.models import start_model
 from upcycle.train.run import check_options
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from upcycle.train.config import TrainConfig
 
 # float32 weights and AdamW's two moments; last.ckpt and best.ckpt.
@@ -58,7 +55,7 @@ def estimate(config: TrainConfig, *, execute: bool) -> Estimate:
     config.data.sources()
     if execute and config.source is not None and config.model != "scratch":
         open_source(config.source)
-    with _silently(), torch.device("meta"):
+    with only_warnings("upcycle"), torch.device("meta"):  # each run will log its reasons for its kernel
         start = start_model(_random(config))
         equipment = equip(start, config)
     parameters = sum(parameter.numel() for parameter in start.model.parameters())
@@ -80,15 +77,3 @@ def _random(config: TrainConfig) -> TrainConfig:
         architecture = open_source(config.source, need_weights=False).model.config.to_dict()
         return replace(config, model="scratch", architecture=architecture)
     return config
-
-
-@contextmanager
-def _silently() -> Iterator[None]:
-    """Without the reasons for every arm's kernel: each run will log its own."""
-    logger = logging.getLogger("upcycle")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

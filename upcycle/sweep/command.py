@@ -8,8 +8,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from upcycle.checkpoint.files import write_text
 from upcycle.errors import ConfigError
+from upcycle.files import write_text
 from upcycle.prepare import free_bytes
 from upcycle.source import expanded
 from upcycle.sweep.agent import agent_config

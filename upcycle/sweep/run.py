@@ -13,7 +13,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 
 from upcycle.arguments import quoted
-from upcycle.checkpoint.files import locked, write_text
+from upcycle.files import locked, write_text
 from upcycle.sweep.job import FINISHED, log_of, run_job, status_of
 from upcycle.sweep.plan import COMMAND
 from upcycle.tracking.record import read_run

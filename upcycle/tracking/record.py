@@ -11,18 +11,13 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
-import subprocess
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from upcycle.checkpoint.files import output_errors, write_all, write_text
 from upcycle.errors import ConfigError, OutputError, RecordError, SourceError
+from upcycle.files import output_errors, write_all, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,7 +29,6 @@ if TYPE_CHECKING:
 RUN, METRICS, CHECKPOINTS, MODEL = "run.json", "metrics.jsonl", "checkpoints", "model"
 # What run.json of a training run has, whatever its schema's version.
 KNOWN_BY = ("config", "order_hash", "data_hash", "flops_per_step")
-PACKAGES = ("upcycle", "torch", "lightning", "transformers")
 # Options that change where a run is and what is seen of it, but no number in it.
 NOT_COMPARED = ("output", "resume", "overwrite", "progress", "workers", "checkpoint_every", "peak_flops", "wandb")
 
@@ -136,30 +130,6 @@ def check_training_run(content: Mapping[str, Any], place: object) -> None:
             found=f"{place}, without {', '.join(missing)}",
             expected="directories of this project's runs alone",
         )
-
-
-def surroundings() -> dict[str, Any]:
-    """Versions, hardware and commit, for run.json."""
-    return {
-        "started": datetime.now(UTC).isoformat(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "hardware": {
-            "machine": platform.machine(),
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        },
-        "git_commit": _commit(),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the working directory, where a user's own code and configs are."""
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
 
 
 def _step(line: str) -> float:

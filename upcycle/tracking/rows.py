@@ -19,8 +19,8 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from upcycle.checkpoint.files import replacing, write_all
 from upcycle.errors import RecordError
+from upcycle.files import replacing, write_all
 from upcycle.tracking.record import METRICS
 
 if TYPE_CHECKING:

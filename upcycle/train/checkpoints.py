@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
-from upcycle.checkpoint.files import replacing, write_all
 from upcycle.errors import OutputError, SourceError
+from upcycle.files import replacing, write_all
 
 if TYPE_CHECKING:
     from types import FrameType

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from torch.utils.data import DataLoader
 
 from upcycle.data.order import PositionSampler
+from upcycle.quiet import only_warnings
 from upcycle.train.checkpoints import Checkpoints, checkpoint_io
 from upcycle.train.metrics import ExpertSimilarity, TrainingMetrics
 from upcycle.train.models import conversion_request, dense_shards
@@ -91,16 +92,10 @@ def _trainer(run: Run, callbacks: list[Callback]) -> Trainer:
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
     """Without what the panel says better, and without advice that is not for a reader of memory-mapped tokens."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
-            yield
-    finally:
-        logger.setLevel(level)
+    with only_warnings("lightning.pytorch"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+        yield
 
 
 def _measuring(run: Run, checkpoints: Checkpoints) -> list[Periodic]:

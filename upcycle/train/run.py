@@ -14,7 +14,7 @@ from upcycle.errors import ConfigError
 from upcycle.load import load_dense
 from upcycle.source import expanded
 from upcycle.tracking.claim import claimed
-from upcycle.tracking.record import CHECKPOINTS, MODEL, Record, surroundings
+from upcycle.tracking.record import CHECKPOINTS, MODEL, Record
 from upcycle.tracking.rows import keep_columns
 from upcycle.tracking.schema import SCHEMA_VERSION
 from upcycle.tracking.wandb_training import TrainingMirror
@@ -24,6 +24,7 @@ from upcycle.train.fit import fit
 from upcycle.train.mirroring import Mirroring
 from upcycle.train.models import Start, start_model
 from upcycle.train.module import TrainingModule
+from upcycle.train.surroundings import surroundings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

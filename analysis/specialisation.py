@@ -87,14 +87,16 @@ def upcycle(*arguments: object) -> None:
 
 def checkpoint(arm: str, seed: int) -> Path:
     run, output = RUNS / f"{arm}-{seed}", RUNS / f"{arm}-{seed}-checkpoint"
+    if output.exists():
+        return output
     given = [f"source={SOURCE}", f"seed={seed}", *MOE]
     if arm == STEP_0:
-        upcycle("convert", *given, f"output={output}", "overwrite=true")
+        upcycle("convert", *given, f"output={output}")
         return output
     given += ["model=upcycle", f"scale={SCALE}", "batch.micro=1", f"balance.statistics={arm}"]
     given += ["progress=false", "resume=auto"]
     upcycle("train", *given, "data=mixture", "data.held_out=0.1", f"data.domains={literal(data)}", f"output={run}")
-    upcycle("export", f"run={run}", f"output={output}", "overwrite=true")
+    upcycle("export", f"run={run}", f"output={output}")
     return output
 
 
@@ -103,8 +105,9 @@ checkpoints = {(arm, seed): checkpoint(arm, seed) for seed in SEEDS for arm in (
 # %%
 record = read_run(RUNS / f"{ARMS[0]}-{SEEDS[0]}")
 trained = TypeAdapter(TrainConfig).validate_python(record["config"])
+tokens = record["steps"] * trained.batch.sequences * trained.sequence_length
 settings = {
-    "scale": f"{SCALE}: {record['steps']:,} steps, {record['summary']['train/tokens'] / 1e6:.3g} M tokens a run",
+    "scale": f"{SCALE}: {record['steps']:,} steps, {tokens / 1e6:.3g} M tokens a run",
     "seeds": len(SEEDS),
     "auxiliary loss": f"{trained.balance.aux_loss}, over {trained.batch.micro} sequence or all "
     f"{trained.batch.sequences} of a step",

@@ -149,7 +149,7 @@ draw_frontier(frontier(both.runs, arms="arm"))
 # %% [markdown]
 # ## Limits
 #
-# One size of dense model (two layers, a quarter of a million parameters, bytes) and one budget, about a thousand steps:
+# One size of dense model (two layers, a quarter of a million parameters, bytes) and one budget of a few million tokens:
 # which shape is best is published to depend on both. An expert of E8G8T8 has 32 neurons here. Equal FLOPs are counted,
 # not timed: fine experts run slower than their FLOPs on a CPU. Points before the end of a curve belong to an unfinished
 # schedule.

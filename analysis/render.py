@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 NAMES = sorted({file.stem for file in HERE.glob("*.py")} - {Path(__file__).stem})
 SECONDS_PER_CELL = 4 * 3600  # a notebook may train
-COLOURS = 128  # of a picture
+COLOURS = 256  # of a picture
 
 
 def main() -> None:

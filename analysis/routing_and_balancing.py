@@ -294,6 +294,6 @@ judgement(
 # ## Limits
 #
 # The published outcomes are of models four orders of magnitude larger than this one (two layers, a quarter of a million
-# parameters, bytes) and of budgets where an expert that dies stays dead for long; here a run is about a thousand steps.
+# parameters, bytes) and of budgets where an expert that dies stays dead for long; a run here is a few million tokens.
 # A verdict of `same` is about effects of 1 %; the published ones are hardly larger. MaxVio is that of the last rows of
 # the record, not of held-out text. p values are adjusted within a figure, not across figures.

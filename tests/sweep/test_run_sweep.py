@@ -11,6 +11,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 import questions
 from cli import command
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 pytest_plugins = ("text_model", "tiny")
 DEADLINE = 120  # seconds
+JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 
 
 def steps(run: Path) -> list[int]:
@@ -90,11 +92,26 @@ def test_a_killed_sweep_goes_on_where_it_stood(upcycle: Callable[..., Outcome], 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[], JOBLIB], ids=["serial", "joblib"])
+def test_a_sweep_that_is_told_to_end_leaves_no_process(launcher: list[str], text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "runs"
+    given = ["train", "-m", *questions.shipped("capacity", text), f"output={output}", "budget.flops=1e12", *launcher]
+    with (tmp_path / "log").open("wb") as log:
+        sweep = subprocess.Popen(command(*given), stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
+    wait_for(lambda: any(output.glob("*/checkpoints/last.ckpt")))
+    started = psutil.Process(sweep.pid).children(recursive=True)
+    assert started
+    sweep.terminate()
+    assert sweep.wait(timeout=DEADLINE) == 128 + signal.SIGTERM
+    wait_for(lambda: not any(process.is_running() for process in started))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "retries"),
     [
         ([], 1),
-        (["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], 0),
+        (JOBLIB, 0),
         (["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"], 0),
     ],
     ids=["serial", "joblib", "submitit"],

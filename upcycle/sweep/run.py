@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +21,9 @@ from upcycle.sweep.plan import COMMAND
 from upcycle.tracking.record import read_run
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
+    from types import FrameType
 
     from upcycle.sweep.plan import Job, SweepPlan
 
@@ -82,9 +85,24 @@ def _launch(jobs: list[list[str]], *, overrides: list[str]) -> None:
     context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
     launcher = Plugins.instance().instantiate_launcher(config=config, hydra_context=context, task_function=run_job)
     try:
-        launcher.launch(jobs, initial_job_idx=0)
+        with _ending_on_sigterm():
+            launcher.launch(jobs, initial_job_idx=0)
     except Exception as error:  # what its scheduler raises, such as for a job that was lost; the others are not
         _log.error("the launcher ended early: %s", " ".join(f"{type(error).__name__}: {error}".split()))
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Let a launcher take its processes along: joblib's would finish their runs without anyone to see it."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _ending(job: Job, metric: str) -> Ending:

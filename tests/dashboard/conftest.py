@@ -1,4 +1,4 @@
-"""W&B's server of this machine and what is written by hand for the analysis serve these tests too."""
+"""W&B's server of this machine, shipped sweeps and what is written for the analysis serve these tests too."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from wandb_server import Server
 
-sys.path += [str(Path(__file__).parent.parent / room) for room in ("analysis", "tracking")]
+sys.path += [str(Path(__file__).parent.parent / room) for room in ("analysis", "sweep", "tracking")]
 
 
 @pytest.fixture

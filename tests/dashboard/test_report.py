@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import questions
 from sweeps import ENDS, EXPERTS, HOSTILE, LAYERS, TEXTS, change, write_run, write_sweep
 
 from upcycle.analysis import compare
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from cli import Outcome
 
-pytest_plugins = ("tiny",)
+pytest_plugins = ("text_model", "tiny")
 PANELS = {panel.title: panel for section in SECTIONS for panel in section.panels}
 
 
@@ -263,3 +264,17 @@ def test_without_plotly(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("upcycle.dashboard.page.find_spec", lambda _name: None)
     with pytest.raises(ConfigError, match=r"pip install 'upcycle\[dashboard\]'"):
         report(place)
+
+
+@pytest.mark.slow
+def test_of_a_sweep_that_ran(tmp_path: Path, text: Path, upcycle: Callable[..., Outcome]) -> None:
+    runs = tmp_path / "runs"
+    trained = upcycle("train", "-m", *questions.shipped("layers", text), f"output={runs}")
+    assert trained.status == 0, trained.err
+    written = upcycle("report", f"runs={runs}", f"output={tmp_path / 'report.html'}")
+    assert written.status == 0, written.err
+    page = (tmp_path / "report.html").read_text()
+    assert "3 of 3 runs finished" in words(page)
+    titles = re.findall(r"<h3>(.*?)</h3>", page)
+    assert {"Load of each expert: baseline", "MaxVio", "Held-out loss against FLOPs", "Step time"} <= set(titles)
+    assert "1 pair: underpowered" in page

@@ -39,8 +39,9 @@ def build(**changes: Any) -> ws.Workspace:
         "options": ["moe.router_order", "init.scaling"],
         "metric": "val/loss",
         "layers": (0, 2),
+        "texts": {"question": "Which?", "published": "nothing"},
     }
-    return build_workspace("order: which?", **given | changes)
+    return build_workspace("order", **given | changes)
 
 
 def read_back(text: str) -> ws.Workspace:
@@ -52,8 +53,10 @@ def read_back(text: str) -> ws.Workspace:
 
 def test_a_section_for_each_theme_and_a_plot_for_each_panel() -> None:
     found = read_back(as_json(build()))
-    assert [section.name for section in found.sections] == [section.title for section in SECTIONS]
-    plots = {plot.title: plot for section in found.sections for plot in section.panels}
+    about, *themes = found.sections
+    assert about.panels[0].markdown.startswith("**Question.** Which?\n\n**Published.** nothing\n\n")
+    assert [section.name for section in themes] == [section.title for section in SECTIONS]
+    plots = {plot.title: plot for section in themes for plot in section.panels}
     for panel in PANELS:
         if panel.kind == "lines":
             plot = plots.pop(panel.title)
@@ -71,7 +74,7 @@ def test_losses_stand_against_tokens_and_flops() -> None:
 
 def test_runs_of_the_group_by_arm() -> None:
     found = read_back(as_json(build()))
-    assert (found.entity, found.project, found.name) == ("lab", "moe", "order: which?")
+    assert (found.entity, found.project, found.name) == ("lab", "moe", "order")
     assert "order" in str(found.runset_settings.filters)
     assert [group.name for group in found.runset_settings.groupby] == ["config.moe.router_order", "config.init.scaling"]
     assert "summary:val/loss" in found.runset_settings.pinned_columns
@@ -104,8 +107,9 @@ def test_the_command_prints_or_writes_what_is_valid(upcycle: Callable[..., Outco
     found = read_back(printed.out)
     assert [group.name for group in found.runset_settings.groupby] == ["config.init.scaling", "config.moe.router_order"]
     assert "router_order" in str(found.runset_settings.filters)
-    assert found.name.startswith("router_order: Softmax before or after")
-    plots = [plot.title for section in found.sections for plot in section.panels]
+    about, *themes = found.sections
+    assert "Softmax before or after" in about.panels[0].markdown
+    plots = [plot.title for section in themes for plot in section.panels]
     assert [title for title in plots if "layer" in title] == [f"Load of each expert, layer {layer}" for layer in (0, 1)]
     written = upcycle(*SHIPPED, f"output={tmp_path / 'view.json'}", "wandb.group=mine", "wandb.project=theirs")
     assert written.out == ""
@@ -141,9 +145,8 @@ def test_a_workspace_is_sent_to_a_server(server: Server, upcycle: Callable[..., 
     short = view["name"].removeprefix("nw-").removesuffix("-v")
     assert (sent.status, sent.out) == (0, f"{server.url}/lab/upcycle?nw={short}\n")
     assert (view["entityName"], view["projectName"], view["type"]) == ("lab", "upcycle", "project-view")
-    assert [each["name"] for each in json.loads(view["spec"])["section"]["panelBankConfig"]["sections"]] == [
-        section.title for section in SECTIONS
-    ]
+    names = [each["name"] for each in json.loads(view["spec"])["section"]["panelBankConfig"]["sections"]]
+    assert names == ["Question", *(section.title for section in SECTIONS)]
 
 
 def test_a_wrong_key_and_a_server_that_is_down_are_said_in_a_line(

@@ -48,13 +48,14 @@ def dashboard(composed: DictConfig) -> int:
     plan = plan_sweep(composed, name=choices[GROUP], overrides=given, output=Path(), execute=False)
     configs = [typed_options(TrainConfig, compose(COMMAND, [*given, *arm.overrides, "output=''"])) for arm in plan.arms]
     workspace = build_workspace(
-        f"{plan.name}: {plan.sweep.question}",
+        plan.name,
         entity=composed.wandb.entity,
         project=composed.wandb.project,
         group=composed.wandb.group or plan.name,
         options=naming_options(configs, first=[each.partition("=")[0] for arm in plan.arms for each in arm.overrides]),
         metric=plan.sweep.metric,
         layers=tuple(sorted({layer for config in configs for layer in _moe_layers(config)})),
+        texts={text: getattr(plan.sweep, text) for text in ("question", "hypothesis", "published")},
     )
     if composed.output:
         write_text(expanded(composed.output), as_json(workspace) + "\n")

@@ -15,7 +15,7 @@ from upcycle.dashboard.panels import SECTIONS, STEP
 from upcycle.errors import ConfigError, RecordError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from wandb_workspaces.workspaces import Workspace
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 LINES_SHOWN = 50  # W&B draws 10 unless told
 COLUMNS = 3
+HEAT_MAPS = "W&B does not average heat maps over runs: select one run to see its expert load."
 OPTIONS = "config"  # where the options stand in the config of a W&B run, which is what run.json holds
 
 
@@ -35,6 +36,7 @@ def build_workspace(
     options: Sequence[str],
     metric: str,
     layers: tuple[int, ...],
+    texts: Mapping[str, str],
 ) -> Workspace:
     """The workspace of a sweep: its runs alone, a line per arm with the range over seeds, a section per theme.
 
@@ -46,6 +48,7 @@ def build_workspace(
         options: paths of the options whose values name an arm together.
         metric: what the sweep compares; it has its column in the list of runs.
         layers: indices of the MoE layers of all arms.
+        texts: what is said about the sweep, by title.
 
     Raises:
         ConfigError: wandb-workspaces is not installed.
@@ -58,7 +61,7 @@ def build_workspace(
         entity=entity or "",
         project=project,
         name=name,
-        sections=[_section(section, layers) for section in SECTIONS],
+        sections=[_about(texts), *(_section(section, layers) for section in SECTIONS)],
         settings=ws.WorkspaceSettings(x_axis=STEP, max_runs=LINES_SHOWN),
         runset_settings=ws.RunsetSettings(
             filters=f'Metric("Group") == "{_spelt(group)}"',
@@ -97,6 +100,16 @@ def as_json(workspace: Workspace) -> str:
 def _spelt(text: str) -> str:
     """The text as code points: wandb-workspaces doubles = and reads < as <= within the strings of a filter too."""
     return "".join(f"\\U{ord(letter):08x}" for letter in text)
+
+
+def _about(texts: Mapping[str, str]) -> Any:
+    import wandb_workspaces.workspaces as ws
+    from wandb_workspaces.reports.v2.interface import MarkdownPanel
+
+    parts = [f"**{title.capitalize()}.** {' '.join(text.split())}" for title, text in texts.items()]
+    layout = ws.SectionLayoutSettings(columns=1, rows=1)
+    panels: list[Any] = [MarkdownPanel(markdown="\n\n".join([*parts, HEAT_MAPS]))]
+    return ws.Section(name="Question", panels=panels, is_open=True, layout_settings=layout)
 
 
 def _section(section: Section, layers: tuple[int, ...]) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -128,18 +130,38 @@ def test_offline_after_online_waits_for_sync(server: Server, tmp_path: Path, cap
     assert read_run(tmp_path / "run")["wandb"]["rows"] == 0
 
 
-def test_artifacts(client: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    source = tmp_path / "moe"
+def train_with_artifacts(directory: Path, mode: str) -> None:
+    source = directory / "moe"
     source.mkdir()
     (source / "equivalence.json").write_text("{}")
-    record = made.begin(Record(tmp_path / "run"), artifacts=True)
-    record.describe(config=read_run(tmp_path / "run")["config"] | {"source": str(source)})
-    (tmp_path / "run" / "checkpoints" / "last.ckpt").write_bytes(b"weights")
-    with TrainingMirror(record, made.options("offline", artifacts=True)):
-        pass
+    record = made.begin(Record(directory / "run"), artifacts=True)
+    record.describe(config=read_run(directory / "run")["config"] | {"source": str(source)})
+    (directory / "run" / "checkpoints" / "last.ckpt").write_bytes(b"weights")
+    with TrainingMirror(record, made.options(mode, artifacts=True)):
+        record.describe(status="finished")
+
+
+def test_artifacts_offline(client: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    train_with_artifacts(tmp_path, "offline")
     records = made.inspect(next(tmp_path.glob("run/wandb/offline-run-*/*.wandb")))
     sent = {each["type"]: each for each in records if each["type"] == "artifact"}
     assert sent
+
+
+def test_artifacts_online(server: Server, tmp_path: Path) -> None:
+    """Every file of both arrives as it is, with its digest, before the run is finished."""
+    train_with_artifacts(tmp_path, "online")
+    ((run, kept),) = server.runs.items()
+    assert (kept.exit_code, kept.summary["status"]) == (0, "finished")
+    assert {each.kind: each.files for each in server.artifacts.values()} == {
+        "checkpoint": {"last.ckpt": b"weights"},
+        "equivalence": {"equivalence.json": b"{}"},
+    }
+    for each in server.artifacts.values():
+        assert (each.run, each.committed) == (run, True)
+        ((name, described),) = each.manifest["contents"].items()
+        digest = base64.b64encode(hashlib.md5(each.files[name], usedforsecurity=False).digest()).decode()
+        assert (described["size"], described["digest"]) == (len(each.files[name]), digest)
 
 
 def test_a_list_that_is_too_long_for_a_histogram_stays_one() -> None:

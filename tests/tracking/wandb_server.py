@@ -24,7 +24,6 @@ class Kept:
     Attributes:
         history: rows, in the order of their lines.
         summary, config, project, group, tags: as the client last sent them.
-        artifacts: types of the artifacts that were asked for.
         exit_code: of the last process that finished it.
     """
 
@@ -53,6 +52,25 @@ class Kept:
 
 
 @dataclass
+class KeptArtifact:
+    """An artifact at the server.
+
+    Attributes:
+        kind: its type.
+        run: the id of its run.
+        files: content by name, of those that were uploaded.
+        manifest: names and digests of all its files, as the client last sent it.
+        committed: whether the client has said that it is whole.
+    """
+
+    kind: str
+    run: str
+    files: dict[str, bytes] = field(default_factory=dict)
+    manifest: dict[str, Any] = field(default_factory=dict)
+    committed: bool = False
+
+
+@dataclass
 class Server:
     """What the server keeps, and how it answers.
 
@@ -62,6 +80,7 @@ class Server:
         status: of every answer; nothing is kept unless it is 200.
         sweeps: configs by id.
         commands: for the agents of sweeps, one each time that they ask.
+        artifacts: by name.
     """
 
     url: str
@@ -69,6 +88,7 @@ class Server:
     status: int = 200
     sweeps: dict[str, str] = field(default_factory=dict)
     commands: list[dict[str, Any]] = field(default_factory=list)
+    artifacts: dict[str, KeptArtifact] = field(default_factory=dict)
 
     def answer(self, path: str, body: bytes) -> dict[str, Any]:
         if path == "/graphql":
@@ -78,6 +98,12 @@ class Server:
             return {"data": operation(asked.get("variables") or {})}
         if path.endswith("/file_stream"):
             self.runs[path.split("/")[-2]].stream(json.loads(body))
+        if path.startswith("/artifacts/"):
+            _, _, artifact, *name = path.split("/")
+            if name:
+                self.artifacts[artifact].files["/".join(name)] = body
+            else:
+                self.artifacts[artifact].manifest = json.loads(body)
         return {}
 
     def Viewer(self, _variables: dict[str, Any]) -> dict[str, Any]:
@@ -111,6 +137,44 @@ class Server:
         pages = {"endCursor": None, "hasNextPage": False}
         known = any(run.project == variables["project"] for run in self.runs.values())
         return {"project": {"runCount": len(edges), "runs": {"edges": edges, "pageInfo": pages}} if known else None}
+
+    def ArtifactType(self, _variables: dict[str, Any]) -> dict[str, Any]:
+        """Every artifact is the first of its name."""
+        return {"project": {"artifact": None}}
+
+    def CreateArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+        given = variables["input"]
+        name = given["artifactCollectionName"]
+        self.artifacts[name] = KeptArtifact(kind=given["artifactTypeName"], run=given["runName"])
+        artifact = {"id": name, "state": "PENDING", "artifactSequence": {"latestArtifact": None}}
+        return {"createArtifact": {"artifact": artifact}}
+
+    def CreateArtifactManifest(self, variables: dict[str, Any]) -> dict[str, Any]:
+        return {"createArtifactManifest": self._manifest(variables["artifactID"])}
+
+    def UpdateArtifactManifest(self, variables: dict[str, Any]) -> dict[str, Any]:
+        return {"updateArtifactManifest": self._manifest(variables["artifactManifestID"])}
+
+    def CreateArtifactFiles(self, variables: dict[str, Any]) -> dict[str, Any]:
+        nodes = [
+            {
+                "storagePath": file["name"],
+                "uploadUrl": f"{self.url}/artifacts/{file['artifactID']}/{file['name']}",
+                "uploadHeaders": [],
+                "uploadMultipartUrls": None,
+                "artifact": {"id": file["artifactID"]},
+            }
+            for file in variables["input"]["artifactFiles"]
+        ]
+        return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
+
+    def CommitArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+        self.artifacts[variables["artifactID"]].committed = True
+        return {"commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": "d"}}}
+
+    def _manifest(self, artifact: str) -> dict[str, Any]:
+        file = {"id": artifact, "uploadUrl": f"{self.url}/artifacts/{artifact}", "uploadHeaders": []}
+        return {"artifactManifest": {"id": artifact, "file": file}}
 
     def UpsertSweep(self, variables: dict[str, Any]) -> dict[str, Any]:
         name = f"sweep{len(self.sweeps)}"

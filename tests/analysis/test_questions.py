@@ -54,13 +54,13 @@ def test_finished_runs_have_their_arm(layers: Sweep) -> None:
 
 def test_what_is_missing_is_named(layers: Sweep, directory: Path, tmp_path: Path) -> None:
     assert layers.missing.to_dict("records") == [{"arm": FIRST, "seed": 2, "status": "failed"}]
-    assert "have not finished and do not count: 1. layers=[0] (seed 2 failed)." in introduction(layers)
+    assert "have not finished and do not count: 1. `layers=[0]` (seed 2 failed)." in introduction(layers)
     index = directory / "layers.json"
     (tmp_path / "layers.json").write_text(index.read_text())
     started = load_sweep(tmp_path, "layers")
     assert started.runs.empty
     assert set(started.missing["status"]) == {NOT_STARTED}
-    assert "baseline (seed 0, 1, 2 not started), layers=every_2" in introduction(started)
+    assert "`baseline` (seed 0, 1, 2 not started), `layers=every_2`" in introduction(started)
 
 
 def test_a_sweep_that_was_not_started_has_its_question(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_the_words_follow_the_records(layers: Sweep, directory: Path) -> None:
     row = layers.compare(BASELINE).iloc[0]
     assert f"| {row['value']:.4f} | {row['percent']:+.2f} % |" in answer(layers.compare(BASELINE))
     assert answer(layers.compare(BASELINE)).startswith(
-        "Against the baseline, higher: layers=every_2; too few pairs to tell: layers=[0].\n"
+        "Against the baseline, higher: `layers=every_2`; too few pairs to tell: `layers=[0]`.\n"
     )
     alone = layers.compare(BASELINE).assign(percent_low=float("nan"), p_holm=float("nan"))
     assert "| – | 3 | – |" in answer(alone)
@@ -200,7 +200,7 @@ def test_what_may_differ_is_said(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="their source differ"):
         part.compare(dense)
     compared = part.compare(dense, allow=["source"])
-    assert f"as is meant: {scratch} (source)." in answer(compared)
+    assert f"as is meant: `{scratch}` (source)." in answer(compared)
     claim = Claim(source="a", says="b", arm=scratch, baseline=dense, expected="higher", allow=("source",))
     assert judge(part, [claim])["differs"].tolist() == ["source"]
     assert part.saving(dense, sunk_flops=0.0, allow=["source"])["reached"].tolist() == [0]

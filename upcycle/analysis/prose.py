@@ -64,11 +64,13 @@ def answer(compared: pd.DataFrame, *, metric: str = "val/loss") -> Markdown:
         "`lower` and `higher`: p below 0.05 after Holm's adjustment; `same`: the interval lies within ±1 %; "
         "`underpowered`: the pairs exclude neither no effect nor one of 1 %."
     )
-    differing = [f"{each.arm} ({each.differs})" for each in compared.itertuples() if each.differs]
+    differing = [f"`{each.arm}` ({each.differs})" for each in compared.itertuples() if each.differs]
     if differing:
         note += f" Arms that do not share everything with the baseline, as is meant: {'; '.join(differing)}."
     arms = {verdict: compared.loc[compared["verdict"] == verdict, "arm"] for verdict in _VERDICTS}
-    summary = [f"{_VERDICTS[verdict]}: {', '.join(each)}" for verdict, each in arms.items() if len(each)]
+    summary = [
+        f"{_VERDICTS[verdict]}: {', '.join(f'`{arm}`' for arm in each)}" for verdict, each in arms.items() if len(each)
+    ]
     return Markdown(f"Against the baseline, {'; '.join(summary)}.\n\n{table(head, rows)}\n\n{note}")
 
 
@@ -138,7 +140,7 @@ def _machine(hardware: Mapping[str, Any]) -> str:
 def _missing(sweep: Sweep) -> list[str]:
     if sweep.missing.empty:
         return []
-    arms = [f"{arm} ({'; '.join(_statuses(group))})" for arm, group in sweep.missing.groupby("arm", sort=False)]
+    arms = [f"`{arm}` ({'; '.join(_statuses(group))})" for arm, group in sweep.missing.groupby("arm", sort=False)]
     return [f"**Missing.** Runs that have not finished and do not count: {len(sweep.missing)}. {', '.join(arms)}."]
 
 

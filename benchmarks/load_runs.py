@@ -1,11 +1,13 @@
 """`load_runs` on the records of a large sweep: 500 runs of 2,000 rows.
 
-    python benchmarks/load_runs.py [--runs 500] [--rows 2000] [--layers 2] [--experts 8] [--output FILE]
+    python benchmarks/load_runs.py [--runs 500] [--rows 2000] [--layers 2] [--experts 8] [--cpu-time]
+                                   [--output FILE]
 
 The rows are those of a MoE at laptop scale with cheap metrics, written by the record's own writer; every tenth is a
 validation. Reading happens in a fresh process, once after the files have been written, so that they are in the page
 cache, and with imports left out: `finished` runs, which kept their columns when they ended and which the limit is for,
 and then the same runs without them, such as runs that were killed, from their rows alone. Each is the first reading.
+On a machine that others use too, `--cpu-time` holds the seconds in which the process ran against the limit.
 """
 
 from __future__ import annotations
@@ -125,6 +127,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2000, help="per run")
     parser.add_argument("--layers", type=int, default=2, help="MoE layers; 0 for a dense model")
     parser.add_argument("--experts", type=int, default=8, help="per layer")
+    parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
     given = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="load-runs-"))
@@ -141,7 +144,7 @@ def main() -> None:
     print(json.dumps(result, indent=2))
     if given.output:
         given.output.write_text(json.dumps({"environment": environment(), **result}, indent=2) + "\n")
-    if given.runs * given.rows >= 10**6 and finished["seconds"] > LIMIT:
+    if given.runs * given.rows >= 10**6 and finished["cpu_seconds" if given.cpu_time else "seconds"] > LIMIT:
         sys.exit(f"over the limit of {LIMIT} s")
 
 

@@ -28,7 +28,14 @@ def begin(record: Record, **changes: Any) -> Record:
     """Describe a run as training does before its first step."""
     record.create()
     given = {"project": "moe", "entity": None, "group": None, "tags": [], "artifacts": False, **changes}
-    config = {"seed": 0, "source": None, "moe": {"top_k": 2}, "wandb": given}
+    config = {
+        "seed": 0,
+        "source": None,
+        "moe": {"top_k": 2},
+        "batch": {"sequences": 2},
+        "sequence_length": 4,
+        "wandb": given,
+    }
     record.describe(schema=SCHEMA_VERSION, status="running", config=config, **HASHES)
     return record
 
@@ -55,9 +62,14 @@ def log(made: Record, first: int, after: int) -> None:
 
 
 def rows(directory: Path) -> list[dict[str, Any]]:
-    """The record's rows, without their times."""
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name != "time"} for line in lines]
+    """The record's rows as W&B should have them: without their times, and each with the tokens and FLOPs spent."""
+    run = json.loads((directory / "run.json").read_text())
+    tokens = run["config"]["batch"]["sequences"] * run["config"]["sequence_length"]
+    made = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    for row in made:
+        del row["time"]
+        row |= {"train/tokens": tokens * row["step"], "train/flops": run["flops_per_step"] * row["step"]}
+    return made
 
 
 def shown(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

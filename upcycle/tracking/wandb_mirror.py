@@ -54,10 +54,12 @@ class Mirror:
         run: the W&B run.
         directory: the record's.
         held: rows that W&B holds already.
+        per_step: what an optimizer step adds to metrics that only grow. They stand in every row at W&B, which draws a
+            metric against another only where both are in one row.
     """
 
-    def __init__(self, run: WandbRun, directory: Path, *, held: int) -> None:
-        self._run, self._path, self._held = run, directory / METRICS, held
+    def __init__(self, run: WandbRun, directory: Path, *, held: int, per_step: Mapping[str, int]) -> None:
+        self._run, self._path, self._held, self._per_step = run, directory / METRICS, held, per_step
         self._stream: BinaryIO | None = None
         self._line = 0
         self._defined: set[str] = set()
@@ -115,6 +117,7 @@ class Mirror:
 
     def _send(self, row: dict[str, Any]) -> None:
         time = datetime.fromisoformat(row.pop("time")).timestamp()
+        row |= {name: each * row["step"] for name, each in self._per_step.items()}
         for name in row.keys() - self._defined:
             known = metric(name)
             self._run.define_metric(
@@ -170,7 +173,13 @@ def open_mirror(directory: Path, content: Mapping[str, Any], *, online: bool, he
             finish_timeout_raises=True,
         ),
     )
-    return Mirror(run, directory, held=run.starting_step if online else held)
+    return Mirror(run, directory, held=run.starting_step if online else held, per_step=_per_step(content))
+
+
+def _per_step(content: Mapping[str, Any]) -> dict[str, int]:
+    options = content["config"]
+    tokens = options["batch"]["sequences"] * options["sequence_length"]
+    return {"train/tokens": tokens, "train/flops": content["flops_per_step"]}
 
 
 def wandb_config(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,14 +83,16 @@ def _below(place: Path) -> dict[str | Path, Callable[[], RunRecord]]:
             expected="a directory of a run, or one above runs",
             remedy=near_misses(place.name, siblings) if siblings else None,
         )
-    found = {directory.resolve(): partial(reader, directory) for directory, reader in _walk(place)}
+    found: dict[str | Path, Callable[[], RunRecord]] = {
+        directory.resolve(): partial(reader, directory) for directory, reader in _walk(place)
+    }
     if not found:
         raise RecordError(
             "no runs found",
             found=place,
             expected=f"directories with {RUN}, which upcycle train writes, or W&B offline directories",
         )
-    return {**found}
+    return found
 
 
 def _walk(place: Path) -> Iterator[tuple[Path, Reader]]:

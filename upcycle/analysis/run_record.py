@@ -1,5 +1,7 @@
 """The record of a run, whoever keeps it: what every reader of a kind of store makes."""
 
+# mypy: disable-error-code="import-untyped"
+
 from __future__ import annotations
 
 import logging

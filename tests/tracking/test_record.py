@@ -30,6 +30,17 @@ def test_rows_after_a_checkpoint_are_forgotten(tmp_path: Path) -> None:
     assert steps(tmp_path) == []
 
 
+def test_a_record_that_goes_on_knows_the_last_value_of_every_metric(tmp_path: Path) -> None:
+    """A resumed run may end without another row of some metrics, and its summary has them nevertheless."""
+    earlier = Record(tmp_path)
+    for step in range(5):
+        earlier.log({"train/loss": 1.0 / (step + 1)}, step=step)
+    earlier.log({"val/loss": 0.5}, step=2)
+    resumed = Record(tmp_path)
+    resumed.forget_after(3)
+    assert resumed.last == {"train/loss": 0.25, "val/loss": 0.5}
+
+
 def test_a_row_that_was_cut_off_is_forgotten(tmp_path: Path) -> None:
     record = Record(tmp_path)
     record.log({"train/loss": 1.0}, step=1)

@@ -91,6 +91,9 @@ class Record:
             return
         kept = [line for line in path.read_text().splitlines() if _step(line) <= step]
         write_text(path, "".join(f"{line}\n" for line in kept))
+        self.last = {}
+        for line in kept:
+            self.last |= {name: value for name, value in json.loads(line).items() if name not in ("step", "time")}
 
     def log(self, row: Mapping[str, Any], *, step: int) -> None:
         """Append a row, and hand it to the operating system: a killed process keeps it."""

@@ -21,7 +21,7 @@ import torch
 from cli import SMALL, Outcome, command, contents, edit_tensor
 from safetensors.torch import save_file
 
-from upcycle.checkpoint import files as file_operations
+from upcycle import files as file_operations
 from upcycle.cli import main
 from upcycle.materialise import Materialiser
 

@@ -7,7 +7,6 @@ Whatever has not finished is listed, not an error, so that a question can be loo
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +20,7 @@ from upcycle.analysis.outcomes import SEED
 from upcycle.analysis.runs import FACTS, load_runs
 from upcycle.arguments import CONF
 from upcycle.errors import RecordError, near_misses
+from upcycle.sweep.index import read_indexes
 from upcycle.tracking.record import RUN, read_run
 from upcycle.tracking.schema import METRICS
 
@@ -168,11 +168,11 @@ def _content(place: Path, name: str) -> dict[str, Any]:
     """The sweep's index, or its file where it was not started yet."""
     if not place.is_dir():
         raise RecordError("there is no such directory", found=place, expected="the output of a sweep")
-    index, file = place / f"{name}.json", _SHIPPED / f"{name}.yaml"
-    if index.exists():
-        return dict(json.loads(index.read_text()))
+    indexes, file = read_indexes(place), _SHIPPED / f"{name}.yaml"
+    if name in indexes:
+        return indexes[name]
     if not file.exists():
-        known = {each.stem for each in (*place.glob("*.json"), *_SHIPPED.glob("*.yaml"))}
+        known = {*indexes, *(each.stem for each in _SHIPPED.glob("*.yaml"))}
         raise RecordError("unknown sweep", found=name, remedy=near_misses(name, known))
     content: Any = OmegaConf.to_container(OmegaConf.load(file))
     return dict(content["sweep"])

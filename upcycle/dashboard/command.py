@@ -13,13 +13,12 @@ from hydra.core.hydra_config import HydraConfig
 from upcycle.arch.targets import TARGETS
 from upcycle.arguments import typed_options
 from upcycle.dashboard.workspace import as_json, build_workspace, push
-from upcycle.errors import ConfigError
 from upcycle.files import write_text
 from upcycle.model_config import read_config
 from upcycle.moe_config import describe_moe
 from upcycle.prepare import prepare
 from upcycle.source import expanded
-from upcycle.sweep.command import GROUP
+from upcycle.sweep.command import sweep_name
 from upcycle.sweep.plan import COMMAND, plan_sweep
 from upcycle.tracking.record import NOT_COMPARED, flat
 from upcycle.train.config import TrainConfig
@@ -41,11 +40,9 @@ def dashboard(composed: DictConfig) -> int:
         ConfigError: no sweep, one that is not valid, or wandb-workspaces is not installed.
         RecordError: the server did not take it.
     """
-    choices = HydraConfig.get().runtime.choices
-    if GROUP not in choices:
-        raise ConfigError("there is no sweep", found="nothing", expected="+sweeps=NAME", remedy="add +sweeps=NAME")
+    name = sweep_name()
     given = [each for each in HydraConfig.get().overrides.task if each.partition("=")[0] not in OWN]
-    plan = plan_sweep(composed, name=choices[GROUP], overrides=given, output=Path(), execute=False)
+    plan = plan_sweep(composed, name=name, overrides=given, output=Path(), execute=False)
     configs = [typed_options(TrainConfig, compose(COMMAND, [*given, *arm.overrides, "output=''"])) for arm in plan.arms]
     workspace = build_workspace(
         plan.name,

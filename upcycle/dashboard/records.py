@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,8 @@ from upcycle.analysis.outcomes import measured
 from upcycle.analysis.records import read_records
 from upcycle.analysis.runs import load_runs
 from upcycle.errors import ConfigError, RecordError, near_misses
-from upcycle.sweep.job import log_of
+from upcycle.sweep.index import read_indexes
+from upcycle.sweep.job import ERROR_LINES, last_lines
 from upcycle.tracking.record import METRICS, RUN, read_run
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FAILED = "failed"
-ERROR_LINES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +111,7 @@ def read_place(place: Path, *, name: str | None, arms: str | Sequence[str] | Non
 
 def _index(place: Path, name: str | None) -> dict[str, Any] | None:
     """What a sweep wrote about itself; None where there is none and none was asked for."""
-    found = {}
-    for file in sorted(place.glob("*.json")):
-        content = json.loads(file.read_text())
-        if isinstance(content, dict) and {"sweep", "runs"} <= content.keys():
-            found[content["sweep"]] = content
+    found = read_indexes(place)
     if name is None and len(found) > 1:
         raise RecordError("several sweeps are there", found=", ".join(found), expected="one", remedy="add name=NAME")
     if name is not None and name not in found:
@@ -142,11 +137,6 @@ def _below(place: Path, rows: pd.DataFrame) -> list[RunFacts]:
 
 def _facts(name: str, arm: str, seed: int, content: Mapping[str, Any]) -> RunFacts:
     status = content.get("status")
-    error = _last_lines(log_of(Path(name))) if status in (FAILED, None) else ()
+    error = last_lines(Path(name)) if status in (FAILED, None) else ()
     error = error or tuple(str(content.get("error", "")).splitlines()[-ERROR_LINES:])
     return RunFacts(name=name, arm=arm, seed=seed, status=status, content=content, error=error)
-
-
-def _last_lines(log: Path) -> tuple[str, ...]:
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    return tuple(line for line in lines if line.strip())[-ERROR_LINES:]

@@ -25,6 +25,18 @@ if TYPE_CHECKING:
 GROUP = "sweeps"
 
 
+def sweep_name() -> str:
+    """Name of the sweep on the command line.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    choices = HydraConfig.get().runtime.choices
+    if GROUP not in choices:
+        raise ConfigError("there is no sweep", found="nothing", expected="+sweeps=NAME", remedy="add +sweeps=NAME")
+    return str(choices[GROUP])
+
+
 def show(composed: DictConfig) -> int:
     """`upcycle plan-sweep`: what a sweep would run and cost, or everything that is wrong with it."""
     if composed.agent:
@@ -65,10 +77,7 @@ def train(composed: DictConfig) -> int:
 
 
 def _plan(composed: DictConfig, output: Path, *, execute: bool) -> SweepPlan:
-    choices = HydraConfig.get().runtime.choices
-    if GROUP not in choices:
-        raise ConfigError("there is no sweep", found="nothing", expected="+sweeps=NAME", remedy="add +sweeps=NAME")
-    return plan_sweep(composed, name=choices[GROUP], overrides=_overrides(), output=output, execute=execute)
+    return plan_sweep(composed, name=sweep_name(), overrides=_overrides(), output=output, execute=execute)
 
 
 def _check_output(composed: DictConfig) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 FINISHED, INTERRUPTED = "finished", "interrupted"
+ERROR_LINES = 5
 WORKER = (sys.executable, "-P", "-m", "upcycle.sweep.worker")
 
 
@@ -38,6 +39,13 @@ def status_of(run: Path) -> str | None:
 def log_of(run: Path) -> Path:
     """Where everything that a run prints is kept, beside its directory."""
     return run.with_name(run.name + ".log")
+
+
+def last_lines(run: Path) -> tuple[str, ...]:
+    """The last ones of what a run printed, its error if it failed; none if it never began."""
+    log = log_of(run)
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return tuple(line for line in lines if line.strip())[-ERROR_LINES:]
 
 
 def run_job(composed: DictConfig) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hydra._internal.callbacks import Callbacks
@@ -15,8 +14,8 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 
 from upcycle.arguments import quoted
-from upcycle.files import locked, write_text
-from upcycle.sweep.job import FINISHED, log_of, run_job, status_of
+from upcycle.sweep.index import write_index
+from upcycle.sweep.job import FINISHED, last_lines, run_job, status_of
 from upcycle.sweep.plan import COMMAND
 from upcycle.tracking.record import read_run
 
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
     from upcycle.sweep.plan import Job, SweepPlan
 
-ERROR_LINES = 5
 _log = logging.getLogger("upcycle")
 
 
@@ -57,7 +55,7 @@ def run_sweep(plan: SweepPlan, *, output: Path, overrides: Sequence[str], launch
         overrides: the sweep's command line.
         launcher: what of it is for Hydra.
     """
-    _write_index(plan, output)
+    write_index(plan, output)
     waiting = [job for job in plan.jobs if status_of(job.directory) != FINISHED]
     group = f"wandb.group={quoted(plan.name)}"  # first, so that the command line may name another
     jobs = [
@@ -109,26 +107,5 @@ def _ending(job: Job, metric: str) -> Ending:
     status, value = status_of(job.directory), None
     if status == FINISHED:
         value = read_run(job.directory)["summary"].get(metric)
-    error = () if status == FINISHED else _last_lines(log_of(job.directory))
+    error = () if status == FINISHED else last_lines(job.directory)
     return Ending(job=job, status=status, value=value, error=error)
-
-
-def _last_lines(log: Path) -> tuple[str, ...]:
-    if not log.exists():
-        return ()
-    lines = log.read_text(errors="replace").splitlines()
-    return tuple(line for line in lines if line.strip())[-ERROR_LINES:]
-
-
-def _write_index(plan: SweepPlan, output: Path) -> None:
-    """DIR/NAME.json: the question, and which directory is which arm with which seed; earlier ones stay named."""
-    path = output / f"{plan.name}.json"
-    output.mkdir(parents=True, exist_ok=True)
-    with locked(output / f".{plan.name}.lock"):  # W&B's agents start arms of one sweep side by side
-        earlier = json.loads(path.read_text())["runs"] if path.exists() else {}
-        now = {
-            job.directory.name: {"arm": job.arm, "seed": job.seed, "overrides": list(job.overrides)}
-            for job in plan.jobs
-        }
-        content = {"sweep": plan.name, **asdict(plan.sweep), "runs": earlier | now}
-        write_text(path, json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,43 @@
+"""A sweep's index names every run that was ever planned for it, and is told from other JSON files."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from upcycle.sweep.config import SweepConfig
+from upcycle.sweep.index import read_indexes, write_index
+from upcycle.sweep.plan import Job, SweepPlan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def plan(output: Path, name: str, *seeds: int) -> SweepPlan:
+    sweep = SweepConfig(
+        question="Which?",
+        hypothesis="None.",
+        metric="val/loss",
+        published="nothing",
+        seeds=list(seeds),
+        retries=0,
+        flops_per_second=1.0,
+    )
+    jobs = tuple(Job(arm="E8", seed=seed, directory=output / f"run-{seed}", overrides=()) for seed in seeds)
+    return SweepPlan(name=name, sweep=sweep, arms=(), seeds=seeds, estimates={}, jobs=jobs)
+
+
+def test_earlier_runs_stay_named(tmp_path: Path) -> None:
+    write_index(plan(tmp_path, "egt", 0, 1), tmp_path)
+    write_index(plan(tmp_path, "egt", 1, 2), tmp_path)
+    index = read_indexes(tmp_path)["egt"]
+    assert {run: each["seed"] for run, each in index["runs"].items()} == {"run-0": 0, "run-1": 1, "run-2": 2}
+    assert index["question"] == "Which?"
+
+
+def test_only_indexes_are_read(tmp_path: Path) -> None:
+    write_index(plan(tmp_path, "egt", 0), tmp_path)
+    write_index(plan(tmp_path, "budget", 0), tmp_path)
+    (tmp_path / "other.json").write_text('{"runs": 3}')
+    (tmp_path / "list.json").write_text("[]")
+    assert sorted(read_indexes(tmp_path)) == ["budget", "egt"]
+    assert read_indexes(tmp_path / "nowhere") == {}

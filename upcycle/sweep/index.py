@@ -1,0 +1,38 @@
+"""DIR/NAME.json, what a sweep says about itself: its question, and which directory is which arm with which seed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from upcycle.files import locked, write_text
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from upcycle.sweep.plan import SweepPlan
+
+
+def write_index(plan: SweepPlan, output: Path) -> None:
+    """Add the runs of a plan to its sweep's index; earlier ones stay named.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    path = output / f"{plan.name}.json"
+    output.mkdir(parents=True, exist_ok=True)
+    with locked(output / f".{plan.name}.lock"):  # W&B's agents start arms of one sweep side by side
+        earlier = json.loads(path.read_text())["runs"] if path.exists() else {}
+        now = {
+            job.directory.name: {"arm": job.arm, "seed": job.seed, "overrides": list(job.overrides)}
+            for job in plan.jobs
+        }
+        content = {"sweep": plan.name, **asdict(plan.sweep), "runs": earlier | now}
+        write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_indexes(output: Path) -> dict[str, dict[str, Any]]:
+    """The indexes of all sweeps that were started in a directory, by the sweeps' names."""
+    contents = [json.loads(file.read_text()) for file in sorted(output.glob("*.json"))]
+    return {each["sweep"]: each for each in contents if isinstance(each, dict) and {"sweep", "runs"} <= each.keys()}

@@ -22,7 +22,7 @@ quick: $(VENV)/developing ## the tests that take seconds
 bench: $(VENV)/installed ## conversion against a plain write of the same bytes
 	$(BIN)/python benchmarks/convert.py
 
-notebooks: $(VENV)/developing ## the notebooks on the records of the laptop scale, into analysis/rendered
+notebooks: $(VENV)/developing ## the notebooks on the records of the laptop scale, into analysis/rendered and analysis/results
 	$(BIN)/python analysis/render.py
 
 campaign: $(VENV)/developing ## the sweeps behind analysis/results/laptop: hours on two cores; runs that finished are skipped

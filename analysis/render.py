@@ -1,7 +1,8 @@
-"""Executes the notebooks of this directory and keeps them with their outputs, which GitHub shows.
+"""Executes the notebooks of this directory and keeps them with their outputs, and their tables and figures alone.
 
     python analysis/render.py [--output DIR] [NAME ...]
 
+DIR/rendered/NAME.ipynb is the whole notebook; DIR/results/NAME.md its text without the code, with DIR/results/figures.
 What comes out depends on the records alone: no times, no random ids.
 """
 
@@ -25,17 +26,22 @@ HERE = Path(__file__).parent
 NAMES = sorted({file.stem for file in HERE.glob("*.py")} - {Path(__file__).stem})
 SECONDS_PER_CELL = 4 * 3600  # a notebook may train
 COLOURS = 256  # of a picture
+FIGURES = "figures"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=HERE / "rendered", help="directory for NAME.ipynb")
+    parser.add_argument("--output", type=Path, default=HERE, help="directory for rendered/ and results/")
     parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}")
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
+    rendered, results = options.output / "rendered", options.output / "results"
+    for directory in (rendered, results / FIGURES):
+        directory.mkdir(parents=True, exist_ok=True)
     for name in options.names:
-        file = options.output / f"{name}.ipynb"
-        nbformat.write(render(HERE / f"{name}.py"), file)
+        file = rendered / f"{name}.ipynb"
+        notebook = render(HERE / f"{name}.py")
+        nbformat.write(notebook, file)
+        write_page(notebook, results, name)
         print(f"{file}: {file.stat().st_size / 1000:.0f} kB", flush=True)
 
 
@@ -61,6 +67,27 @@ def render(source: Path) -> NotebookNode:
             if "image/png" in data:
                 data["image/png"] = _smaller(data["image/png"])
     return notebook
+
+
+def write_page(notebook: NotebookNode, results: Path, name: str) -> None:
+    """Write what a rendered notebook says and shows, without its code, as Markdown with pictures beside it."""
+    for before in (results / FIGURES).glob(f"{name}-*.png"):
+        before.unlink()
+    parts, pictures = [], 0
+    for cell in notebook.cells:
+        if cell["cell_type"] == "markdown":
+            parts.append(cell["source"])
+        for data in (output.get("data", {}) for output in cell.get("outputs", [])):
+            if "text/markdown" in data:
+                parts.append(data["text/markdown"])
+            elif "image/png" in data:
+                pictures += 1
+                picture = f"{FIGURES}/{name}-{pictures}.png"
+                (results / picture).write_bytes(base64.b64decode(data["image/png"]))
+                parts.append(f"![figure {pictures}]({picture})")
+            elif "text/html" in data:  # a frame
+                parts.append(data["text/html"])
+    (results / f"{name}.md").write_text("\n\n".join(parts) + "\n")
 
 
 def _smaller(png: str) -> str:

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from upcycle.analysis.prose import interval
+from upcycle.analysis.questions import load_sweep
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -83,6 +86,24 @@ def test_the_results_are_the_measured_ones() -> None:
         row = measured[case]
         assert f"{row['moe_loss']:.4f}" in line
         assert f"{100 * row['loss_gap']:+.3f} %" in line
+
+
+def test_the_headline_is_the_measured_one() -> None:
+    table = README.split("<!-- headline -->")[1].split("<!-- end of headline -->")[0]
+    shown = {line.split("|")[1].strip().strip("`"): line for line in table.splitlines() if line.startswith("| `")}
+    sweep = load_sweep(ROOT / "analysis/results/laptop", "budget")
+    assert len(shown) == 3
+    for flops, line in shown.items():
+        dense, upcycled = (f"model={model} flops={flops}" for model in ("dense", "upcycle"))
+        found = sweep.only(dense, upcycled).compare(dense).iloc[0]
+        assert found["pairs"] == 5
+        numbers = f"{found['baseline']:.4f} | {found['value']:.4f} | {found['percent']:+.2f} %"
+        assert f"{numbers} | {interval(found['percent_low'], found['percent_high'])} |" in line
+
+
+def test_pictures_are_there() -> None:
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / picture).is_file(), picture
 
 
 @pytest.mark.slow

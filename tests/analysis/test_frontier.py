@@ -31,6 +31,13 @@ def test_the_pareto_set_is_what_no_other_point_beats(points: list[tuple[int, int
     assert sum(pareto(*zip(*points, strict=True))) == len(found)  # equal points count once
 
 
+def test_budgets_that_rounding_parts_are_one() -> None:
+    cost, loss = [999.0, 1001.0, 2000.0], [3.0, 2.0, 1.0]
+    assert pareto(cost, loss).tolist() == [True, True, True]
+    assert pareto(cost, loss, 3.0).tolist() == [False, True, True]
+    assert pareto(cost, loss, [2.0, 3.0, 3.0]).tolist() == [True, True, True]  # a whole step apart
+
+
 def test_where_a_curve_reaches_a_loss() -> None:
     cost, loss = [0.0, 10.0, 20.0, 30.0], [4.0, 3.0, 3.5, 2.5]
     assert reaching(cost, loss, 3.25) == pytest.approx(7.5)
@@ -58,8 +65,8 @@ def test_points_are_means_over_seeds_with_intervals(runs: pd.DataFrame) -> None:
 
 
 def test_sunk_cost_is_charged_to_who_started_from_the_dense_model(runs: pd.DataFrame) -> None:
-    points = frontier(runs, arms="model", sunk_flops=1500.0).set_index(["arm", "flops"])
-    assert (points.loc["upcycle", "flops_with_sunk"] - points.loc["upcycle"].index == 1500).all()
+    points = frontier(runs, arms="model", sunk_flops=1000.0).set_index(["arm", "flops"])
+    assert (points.loc["upcycle", "flops_with_sunk"] - points.loc["upcycle"].index == 1000).all()
     assert (points.loc["scratch", "flops_with_sunk"] == points.loc["scratch"].index).all()
     assert points["pareto"].to_dict() == {
         ("scratch", 0.0): False,
@@ -71,10 +78,10 @@ def test_sunk_cost_is_charged_to_who_started_from_the_dense_model(runs: pd.DataF
     }
     assert points["pareto_with_sunk"].to_dict() == {
         ("scratch", 0.0): True,
-        ("scratch", 1000.0): True,
+        ("scratch", 1000.0): False,  # 5.0, where upcycling has 4.0
         ("scratch", 2000.0): True,
-        ("upcycle", 0.0): True,  # 4.0 at 1,500
-        ("upcycle", 1000.0): False,  # 3.5 at 2,500, which scratch has at 2,000
+        ("upcycle", 0.0): True,
+        ("upcycle", 1000.0): False,  # 3.5 at 2,000, as scratch, which counts once
         ("upcycle", 2000.0): True,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import os
@@ -58,7 +59,7 @@ def render(name: str, output: Path, **environment: str) -> dict[str, Any]:
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    file = output / f"{name}.ipynb"
+    file = output / f"rendered/{name}.ipynb"
     assert file.stat().st_size < LARGEST
     notebook: dict[str, Any] = json.loads(file.read_text())
     return notebook
@@ -106,6 +107,18 @@ def test_a_notebook_on_complete_records(name: str, records: Path, rendered: Call
 
 def test_the_words_are_those_of_the_records(records: Path, rendered: Callable[[str], dict[str, Any]]) -> None:
     assert answer(load_sweep(records, "initialization").compare("virtual_group")) in words(rendered(QUICK))
+
+
+def test_the_page_has_every_word_and_figure(tmp_path: Path, records: Path) -> None:
+    notebook = render(QUICK, tmp_path, UPCYCLE_RECORDS=str(records))
+    page = (tmp_path / f"results/{QUICK}.md").read_text()
+    assert all(each in page for each in words(notebook))
+    pictures = [
+        base64.b64decode(each["data"]["image/png"]) for each in outputs(notebook) if "image/png" in each["data"]
+    ]
+    linked = re.findall(r"\((figures/.*?)\)", page)
+    assert [(tmp_path / "results" / each).read_bytes() for each in linked] == pictures
+    assert "load_sweep" not in page
 
 
 @pytest.mark.slow

@@ -55,20 +55,28 @@ def frontier(
     for (arm, flops), group in rows.groupby(["arm", FLOPS]):
         loss = t_estimate(group[metric], confidence=confidence)
         costs = {"flops": flops, WITH_SUNK: group[WITH_SUNK].iloc[0]}
+        costs["flops_per_step"] = group["flops_per_step"].iloc[0]
         points.append({"arm": arm, **costs, "seeds": len(group), "loss": loss.mean, "low": loss.low, "high": loss.high})
-    table = pd.DataFrame(points, columns=["arm", "flops", WITH_SUNK, "seeds", "loss", "low", "high"])
-    table["pareto"] = pareto(table["flops"], table["loss"])
-    table["pareto_with_sunk"] = pareto(table[WITH_SUNK], table["loss"])
+    table = pd.DataFrame(points, columns=["arm", "flops", WITH_SUNK, "flops_per_step", "seeds", "loss", "low", "high"])
+    step_P = table.pop("flops_per_step")
+    table["pareto"] = pareto(table["flops"], table["loss"], step_P)
+    table["pareto_with_sunk"] = pareto(table[WITH_SUNK], table["loss"], step_P)
     return table
 
 
-def pareto(cost_P: ArrayLike, loss_P: ArrayLike) -> NDArray[np.bool_]:
-    """Which of P points have a lower loss than every point that costs no more; of equal points, the first."""
+def pareto(cost_P: ArrayLike, loss_P: ArrayLike, step_P: ArrayLike = 0.0) -> NDArray[np.bool_]:
+    """Which of P points have a lower loss than every point that costs no more; of equal points, the first.
+
+    Costs less than `step_P` above a point's own are its own: a budget is rounded to whole steps.
+    """
     cost, loss = np.asarray(cost_P, dtype=float), np.asarray(loss_P, dtype=float)
     order = np.lexsort((loss, cost))
-    before = np.minimum.accumulate(np.concatenate([[np.inf], loss[order][:-1]]))
+    cost, loss, step = cost[order], loss[order], np.broadcast_to(step_P, cost.shape)[order]
+    lowest = np.minimum.accumulate(loss)
+    before = np.concatenate([[np.inf], lowest[:-1]])
+    rivals = np.maximum(np.searchsorted(cost, cost, "right"), np.searchsorted(cost, cost + step, "left"))
     best = np.empty(len(order), dtype=bool)
-    best[order] = loss[order] < before
+    best[order] = (loss < before) & (loss <= lowest[rivals - 1])
     return best
 
 

@@ -18,7 +18,7 @@ from upcycle.errors import RecordError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from upcycle.analysis.questions import Sweep, Verdict
+    from upcycle.analysis.questions import Expected, Sweep
 
 BASELINE, HALF, FIRST = "baseline", "layers=every_2", "layers=[0]"
 ENDS = {BASELINE: 1.2, HALF: 1.26, FIRST: 1.2005}
@@ -127,16 +127,22 @@ def test_names(layers: Sweep, directory: Path) -> None:
     assert both.compare("dropless")["arm"].tolist() == ["all", "half", "first", "1", "2", "4"]
 
 
+def test_no_gain_is_claimed_of_an_arm_that_gains(layers: Sweep) -> None:
+    claim = Claim(source="arXiv", says="so", arm=BASELINE, baseline=HALF, expected="not lower")
+    assert judge(layers, [claim])["outcome"].tolist() == ["disagrees"]
+
+
 @pytest.mark.parametrize(
     ("arm", "expected", "outcome"),
     [
         (HALF, "higher", "agrees"),
         (HALF, "lower", "disagrees"),
         (HALF, "same", "disagrees"),
+        (HALF, "not lower", "agrees"),
         (FIRST, "same", "undecided"),
     ],
 )
-def test_claims(layers: Sweep, arm: str, expected: Verdict, outcome: str) -> None:
+def test_claims(layers: Sweep, arm: str, expected: Expected, outcome: str) -> None:
     claim = Claim(source="arXiv", says="so", arm=arm, baseline=BASELINE, expected=expected)
     judged = judge(layers, [claim])
     assert judged["outcome"].tolist() == [outcome]

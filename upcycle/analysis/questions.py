@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 NOT_STARTED = "not started"
-Verdict = Literal["lower", "higher", "same"]
+Expected = Literal["lower", "higher", "same", "not lower"]
 _SHIPPED = CONF / "sweeps"
 _TEXTS = ("question", "hypothesis", "metric", "published")
 _DERIVED = ("source_hash", "tokens_per_step")
@@ -199,7 +199,7 @@ class Claim:
         source: who says so.
         says: what they say, in words.
         arm, baseline: the arms that it is about.
-        expected: verdict of `compare` that would be the same outcome.
+        expected: verdict of `compare` that would be the same outcome; "not lower" is "same" or "higher".
         metric: of the schema; None takes the sweep's own.
         until, allow: share of the run to look at and what the arms may not share, as for `Sweep.compare`.
     """
@@ -208,7 +208,7 @@ class Claim:
     says: str
     arm: str
     baseline: str
-    expected: Verdict
+    expected: Expected
     metric: str | None = None
     until: float = 1.0
     allow: tuple[str, ...] = ()
@@ -239,7 +239,8 @@ def judge(sweep: Sweep, claims: Sequence[Claim]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _outcome(expected: Verdict, verdict: str) -> str:
+def _outcome(expected: Expected, verdict: str) -> str:
     if verdict == "underpowered":
         return "undecided"
-    return "agrees" if verdict == expected else "disagrees"
+    seen = verdict != "lower" if expected == "not lower" else verdict == expected
+    return "agrees" if seen else "disagrees"

@@ -76,10 +76,15 @@ def test_options_named_in_the_readme_exist(upcycle: Callable[..., Outcome]) -> N
         assert re.search(rf"^ +{option.split('.')[1]}:", training, flags=re.MULTILINE), option
 
 
+def shown_rows(marker: str) -> dict[str, str]:
+    """Lines of a table by what their first cell quotes."""
+    table = README.split(f"<!-- {marker} -->")[1].split(f"<!-- end of {marker} -->")[0]
+    return {line.split("|")[1].strip().strip("`"): line for line in table.splitlines() if line.startswith("| `")}
+
+
 def test_the_results_are_the_measured_ones() -> None:
     rows = json.loads((ROOT / "analysis/results/step0.json").read_text())["rows"]
-    table = README.split("<!-- results -->")[1].split("<!-- end of results -->")[0]
-    shown = {line.split("|")[1].strip().strip("`"): line for line in table.splitlines() if line.startswith("| `")}
+    shown = shown_rows("results")
     measured = {row["case"]: row for row in rows}
     assert shown
     for case, line in shown.items():
@@ -89,8 +94,7 @@ def test_the_results_are_the_measured_ones() -> None:
 
 
 def test_the_headline_is_the_measured_one() -> None:
-    table = README.split("<!-- headline -->")[1].split("<!-- end of headline -->")[0]
-    shown = {line.split("|")[1].strip().strip("`"): line for line in table.splitlines() if line.startswith("| `")}
+    shown = shown_rows("headline")
     sweep = load_sweep(ROOT / "analysis/results/laptop", "budget")
     assert len(shown) == 3
     for flops, line in shown.items():

@@ -66,10 +66,15 @@ def render(name: str, output: Path, **environment: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def rendered(records: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `rendered` writes."""
+    return tmp_path_factory.mktemp("rendered")
+
+
+@pytest.fixture(scope="session")
+def rendered(records: Path, output: Path) -> Callable[[str], dict[str, Any]]:
     """Returns a notebook on those records, rendered on first use."""
-    root = tmp_path_factory.mktemp("rendered")
-    return functools.cache(lambda name: render(name, root, UPCYCLE_RECORDS=str(records)))
+    return functools.cache(lambda name: render(name, output, UPCYCLE_RECORDS=str(records)))
 
 
 def outputs(notebook: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -109,15 +114,15 @@ def test_the_words_are_those_of_the_records(records: Path, rendered: Callable[[s
     assert answer(load_sweep(records, "initialization").compare("virtual_group")) in words(rendered(QUICK))
 
 
-def test_the_page_has_every_word_and_figure(tmp_path: Path, records: Path) -> None:
-    notebook = render(QUICK, tmp_path, UPCYCLE_RECORDS=str(records))
-    page = (tmp_path / f"results/{QUICK}.md").read_text()
+def test_the_page_has_every_word_and_figure(output: Path, rendered: Callable[[str], dict[str, Any]]) -> None:
+    notebook = rendered(QUICK)
+    page = (output / f"results/{QUICK}.md").read_text()
     assert all(each in page for each in words(notebook))
     pictures = [
         base64.b64decode(each["data"]["image/png"]) for each in outputs(notebook) if "image/png" in each["data"]
     ]
     linked = re.findall(r"\((figures/.*?)\)", page)
-    assert [(tmp_path / "results" / each).read_bytes() for each in linked] == pictures
+    assert [(output / "results" / each).read_bytes() for each in linked] == pictures
     assert "load_sweep" not in page
 
 

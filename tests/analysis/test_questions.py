@@ -220,7 +220,6 @@ def test_the_index_is_the_sweeps_own(directory: Path) -> None:
     """A run that another sweep made, with the same options, counts for both."""
     index = json.loads((directory / "capacity.json").read_text())
     index["runs"] = {"layers-0-0": {"arm": "shared", "seed": 0, "overrides": []}}
-    index["sweep"] = "mine"
     (directory / "mine.json").write_text(json.dumps(index))
     mine = load_sweep(directory, "mine")
     assert mine.runs["arm"].unique().tolist() == ["shared"]

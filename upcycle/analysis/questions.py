@@ -20,7 +20,7 @@ from upcycle.analysis.outcomes import SEED
 from upcycle.analysis.runs import FACTS, load_runs
 from upcycle.arguments import CONF
 from upcycle.errors import RecordError, near_misses
-from upcycle.sweep.index import read_indexes
+from upcycle.sweep.index import read_index
 from upcycle.tracking.record import RUN, read_run
 from upcycle.tracking.schema import METRICS
 
@@ -168,11 +168,11 @@ def _content(place: Path, name: str) -> dict[str, Any]:
     """The sweep's index, or its file where it was not started yet."""
     if not place.is_dir():
         raise RecordError("there is no such directory", found=place, expected="the output of a sweep")
-    indexes, file = read_indexes(place), _SHIPPED / f"{name}.yaml"
-    if name in indexes:
-        return indexes[name]
+    index, file = read_index(place, name), _SHIPPED / f"{name}.yaml"
+    if index:
+        return index
     if not file.exists():
-        known = {*indexes, *(each.stem for each in _SHIPPED.glob("*.yaml"))}
+        known = {each.stem for each in (*place.glob("*.json"), *_SHIPPED.glob("*.yaml"))}
         raise RecordError("unknown sweep", found=name, remedy=near_misses(name, known))
     content: Any = OmegaConf.to_container(OmegaConf.load(file))
     return dict(content["sweep"])

@@ -20,19 +20,28 @@ def write_index(plan: SweepPlan, output: Path) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    path = output / f"{plan.name}.json"
     output.mkdir(parents=True, exist_ok=True)
     with locked(output / f".{plan.name}.lock"):  # W&B's agents start arms of one sweep side by side
-        earlier = json.loads(path.read_text())["runs"] if path.exists() else {}
+        earlier = (read_index(output, plan.name) or {}).get("runs", {})
         now = {
             job.directory.name: {"arm": job.arm, "seed": job.seed, "overrides": list(job.overrides)}
             for job in plan.jobs
         }
         content = {"sweep": plan.name, **asdict(plan.sweep), "runs": earlier | now}
-        write_text(path, json.dumps(content, indent=1) + "\n")
+        write_text(_path(output, plan.name), json.dumps(content, indent=1) + "\n")
+
+
+def read_index(output: Path, name: str) -> dict[str, Any] | None:
+    """The index of a sweep; None where it was not started in that directory."""
+    path = _path(output, name)
+    return dict(json.loads(path.read_text())) if path.exists() else None
 
 
 def read_indexes(output: Path) -> dict[str, dict[str, Any]]:
     """The indexes of all sweeps that were started in a directory, by the sweeps' names."""
     contents = [json.loads(file.read_text()) for file in sorted(output.glob("*.json"))]
     return {each["sweep"]: each for each in contents if isinstance(each, dict) and {"sweep", "runs"} <= each.keys()}
+
+
+def _path(output: Path, name: str) -> Path:
+    return output / f"{name}.json"

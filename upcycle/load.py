@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from contextlib import contextmanager
 from functools import reduce
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from upcycle.source import DenseSource
 
 
-def load_dense(source: DenseSource, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The dense model in evaluation mode."""
+def load_dense(source: DenseSource, dtype: torch.dtype = torch.float32, **layout: Any) -> PreTrainedModel:
+    """The dense model in evaluation mode; `layout` goes to transformers, where the source is a directory."""
     from transformers import AutoModelForCausalLM
 
     model: PreTrainedModel
@@ -34,13 +35,18 @@ def load_dense(source: DenseSource, dtype: torch.dtype = torch.float32) -> PreTr
         model.tie_weights()
     else:
         with quietly():
-            model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype)
+            model = from_pretrained(AutoModelForCausalLM, source.path, dtype=dtype, **layout)
     model.eval()
     return model
 
 
-def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, **layout: Any) -> PreTrainedModel:
     """Any causal LM in evaluation mode, a MoE with transformers' loop over experts, which takes every width.
+
+    Args:
+        directory: of the checkpoint.
+        dtype: of the weights.
+        layout: goes to transformers.
 
     Raises:
         SourceError: not a causal LM, or weights that are damaged or incomplete.
@@ -48,28 +54,37 @@ def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32) -> PreT
     from transformers import AutoModelForCausalLM
 
     load_config(directory)
+    with quietly():
+        model = from_pretrained(AutoModelForCausalLM, directory, dtype=dtype, experts_implementation="eager", **layout)
+    model.eval()
+    return model
+
+
+def from_pretrained(kind: Any, place: Path | None, **arguments: Any) -> PreTrainedModel:
+    """Transformers' `kind.from_pretrained`, with nothing left to chance: every tensor is there, and has its shape.
+
+    Raises:
+        SourceError: weights that are damaged, incomplete, or another model's.
+    """
     try:
-        with quietly():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype, experts_implementation="eager", output_loading_info=True
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        model, info = kind.from_pretrained(place, output_loading_info=True, **arguments)
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise SourceError(
             "the model cannot be loaded",
-            found=f"{directory}: {' '.join(str(error).split()):.300}",
+            found=f"{place}: {' '.join(str(error).split()):.300}",
             expected="a causal language model that transformers loads",
         ) from error
-    model: PreTrainedModel = loaded[0]
-    missing = sorted(loaded[1]["missing_keys"])
+    # A tensor without elements, sharded, has another shape than its shards in transformers' eyes.
+    shapes = {name: shape for name, shape, _ in info["mismatched_keys"] if math.prod(shape)}
+    missing = sorted({*info["missing_keys"], *shapes})
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise SourceError(
             "the checkpoint lacks tensors",
-            found=f"{directory} without {', '.join(missing[:5])}{more}",
+            found=f"{place} without {', '.join(missing[:5])}{more}",
             remedy="take the complete checkpoint",
         )
-    model.eval()
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def load_tokenizer(source: DenseSource) -> PreTrainedTokenizerBase:

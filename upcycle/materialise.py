@@ -52,7 +52,7 @@ class Materialiser:
         for part in target.parts:
             for block in self._blocks(part, dtype):
                 if dtype == torch.float16:
-                    _check_finite(block, f"{target.name} in float16", "set dtype=bfloat16 or dtype=float32")
+                    check_finite(block, f"{target.name} in float16", remedy="set dtype=bfloat16 or dtype=float32")
                 yield block.contiguous()
 
     def _blocks(self, part: Part, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -93,7 +93,7 @@ class Materialiser:
     def _source(self, name: str) -> Tensor:
         if name not in self._open:
             tensor = self._read(name)
-            _check_finite(tensor, name, "repair the checkpoint: a NaN here would spread to every expert")
+            check_finite(tensor, name)
             self._open[name] = tensor
             while len(self._open) > SOURCES_AT_ONCE:
                 self._open.popitem(last=False)
@@ -106,7 +106,8 @@ def _scaled(values: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
     return (values.to(torch.promote_types(values.dtype, dtype)) * factor).to(dtype)
 
 
-def _check_finite(values: Tensor, name: str, remedy: str) -> None:
+def check_finite(values: Tensor, name: str, *, remedy: str = "repair the checkpoint") -> None:
+    """Raise SourceError if some of the values are NaN or infinite: one would spread to every expert."""
     if values.numel() and not torch.stack(values.aminmax()).isfinite().all():
         bad = int((~values.isfinite()).sum())
         raise SourceError(f"NaN or infinity in {name}", found=f"{bad} of {values.numel()} values", remedy=remedy)

@@ -32,9 +32,10 @@ def router(
 ) -> Router:
     """A router in training mode whose rows are equal within a virtual group."""
     rows = torch.randn(EXPERTS // granularity, HIDDEN, generator=torch.Generator().manual_seed(seed)) / 2
-    weight = nn.Parameter(rows.repeat_interleave(granularity, dim=0))
+    native = nn.Linear(HIDDEN, EXPERTS, bias=False)
+    native.weight = nn.Parameter(rows.repeat_interleave(granularity, dim=0))
     chosen = ExpertSelection(top_k=top_k, **{"order": "softmax_topk"} | selection)
-    return Router(weight, chosen, options or RouterConfig(), bias_N=bias, granularity=granularity).train()
+    return Router(native, chosen, options or RouterConfig(), bias_N=bias, granularity=granularity).train()
 
 
 def routing(*routers: Router, **balance: Any) -> Routing:

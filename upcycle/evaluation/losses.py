@@ -1,4 +1,4 @@
-"""Losses on held-out text, by domain. Knows models and windows of tokens."""
+"""Losses on held-out text, by domain. Knows models, windows of tokens, and the ranks that share a model."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
+from upcycle.distributed.ranks import ALONE
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import nn
 
     from upcycle.data.windows import Windows
+    from upcycle.distributed.ranks import Ranks
 
 
 @torch.no_grad()
 def domain_losses(
-    model: nn.Module, held_out: Mapping[str, Windows], *, batch_size: int, windows: int | None
+    model: nn.Module,
+    held_out: Mapping[str, Windows],
+    *,
+    batch_size: int,
+    windows: int | None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, tuple[float, int]]:
     """Mean cross entropy in nats per token, and the number of tokens, by domain; the model in evaluation mode.
 
@@ -27,6 +35,7 @@ def domain_losses(
         held_out: windows by domain.
         batch_size: windows per forward pass.
         windows: windows used per domain, from the first; None takes all.
+        ranks: the processes over which the model is laid out; each measures its share of the windows.
     """
     device = next(model.parameters()).device
     training = model.training
@@ -34,14 +43,19 @@ def domain_losses(
     losses = {}
     for domain, dataset in held_out.items():
         used = len(dataset) if windows is None else min(windows, len(dataset))
-        total, tokens = 0.0, 0
-        for batch in DataLoader(Subset(dataset, range(used)), batch_size=batch_size):
+        left = len(range(ranks.data_rank, used, ranks.layout.data))
+        # A rank with a window less than others goes along with their forward passes, and does not count it.
+        share = [index % used for index in range(ranks.data_rank, used + ranks.data_rank, ranks.layout.data)]
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for batch in DataLoader(Subset(dataset, share), batch_size=batch_size):
             inputs = {name: values.to(device) for name, values in batch.items()}
-            labels = inputs.pop("labels").flatten()
+            labels_BL = inputs.pop("labels")
             # Positions keep documents apart only in a model that makes no cache.
             logits = model(**inputs, use_cache=False).logits.flatten(0, 1).float()
-            total += float(F.cross_entropy(logits, labels, reduction="none").double().sum())
-            tokens += len(labels)
-        losses[domain] = (total / tokens, tokens)
+            losses_BL = F.cross_entropy(logits, labels_BL.flatten(), reduction="none").view(labels_BL.shape)
+            total += losses_BL[: max(0, left)].double().sum()
+            left -= len(labels_BL)
+        tokens = used * dataset.sequence_length
+        losses[domain] = (float(ranks.sum(total)) / tokens, tokens)
     model.train(training)
     return losses

@@ -68,14 +68,17 @@ class Stacked:
     down_bias_NH: Tensor | None
 
 
-def stacked(experts: nn.Module) -> Stacked:
-    """The weights that transformers' `use_experts_implementation` declares with `has_gate` and `has_bias`."""
+def stacked(experts: Any) -> Stacked:
+    """The weights that transformers' `use_experts_implementation` declares with `has_gate` and `has_bias`.
+
+    Under expert parallelism these are the rank's own experts, in plain tensors that are no parameters.
+    """
     up = "gate_up_proj" if experts.has_gate else "up_proj"
     return Stacked(
-        up_NRH=experts.get_parameter(up),
-        down_NHI=experts.get_parameter("down_proj"),
-        up_bias_NR=experts.get_parameter(f"{up}_bias") if experts.has_bias else None,
-        down_bias_NH=experts.get_parameter("down_proj_bias") if experts.has_bias else None,
+        up_NRH=getattr(experts, up),
+        down_NHI=experts.down_proj,
+        up_bias_NR=getattr(experts, f"{up}_bias") if experts.has_bias else None,
+        down_bias_NH=experts.down_proj_bias if experts.has_bias else None,
     )
 
 

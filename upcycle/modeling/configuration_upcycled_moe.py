@@ -47,6 +47,7 @@ class UpcycledMoeConfig(PreTrainedConfig):
     model_type = "upcycled_moe"
     sub_configs = {"text_config": AutoConfig}
     _auto_class = "AutoConfig"
+    base_model_fsdp_plan = {}  # the dense model's, which this one contains, is its own
 
     text_config: Any
     num_experts: int

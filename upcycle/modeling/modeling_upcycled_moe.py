@@ -76,9 +76,9 @@ class UpcycledMoeExperts(nn.Module):
         """Return the weighted sum [T, H] of the experts at `top_k_index` [T, K]."""
         # unbind, because the gradient of each weight[e] would be a zero tensor as large as all experts together.
         up = "gate_up_proj" if self.has_gate else "up_proj"
-        ups, downs = self.get_parameter(up).unbind(0), self.down_proj.unbind(0)
+        ups, downs = getattr(self, up).unbind(0), self.down_proj.unbind(0)
         no_biases = (None,) * self.num_experts
-        up_biases = self.get_parameter(f"{up}_bias").unbind(0) if self.has_bias else no_biases
+        up_biases = getattr(self, f"{up}_bias").unbind(0) if self.has_bias else no_biases
         down_biases = self.down_proj_bias.unbind(0) if self.has_bias else no_biases
 
         experts = top_k_index.flatten()
@@ -157,12 +157,19 @@ class UpcycledMoeForCausalLM(PreTrainedModel, GenerationMixin):
         for layer in config.moe_layers:
             path = config.ffn_path.format(layer=layer)
             self.language_model.set_submodule(path, UpcycledMoeSparseMoeBlock(config), strict=True)
+        self.language_model.ep_plan = self._expert_parallel_plan()
         self.post_init()  # type: ignore[no-untyped-call]
 
     @property
     def moe_blocks(self) -> list[UpcycledMoeSparseMoeBlock]:
         """The MoE blocks, in the order of `config.moe_layers`."""
         return [self.language_model.get_submodule(self.config.ffn_path.format(layer=i)) for i in self.config.moe_layers]
+
+    def _expert_parallel_plan(self) -> dict[str, str]:
+        """How the dense model's paths spread experts over ranks; its own plans cover everything else."""
+        experts = f"{self.config.ffn_path.format(layer='*')}.experts"
+        stacked = {f"{experts}.{name}": "grouped_gemm" for name, _ in self.moe_blocks[0].experts.named_parameters()}
+        return {**stacked, experts: "ep_dispatch_experts"}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -163,6 +163,47 @@ def numel(part: Part, source: Mapping[str, Shape]) -> int:
             return part.numel
         case Beside():
             return sum(numel(each, source) for each in part.parts)
+
+
+def width(part: Part, source: Mapping[str, Shape]) -> int:
+    """Elements of a row of a part, given the shapes of the source's tensors; 1 for a vector."""
+    match part:
+        case Whole():
+            return math.prod(source[part.source][1:])
+        case Take():
+            return part.cols[1] - part.cols[0] if part.cols else 1
+        case DropNeurons() | AddNoise():
+            return width(part.base, source)
+        case Normal():
+            return part.cols
+        case Zeros():
+            return 1
+        case Beside():
+            return sum(width(each, source) for each in part.parts)
+
+
+def narrow(part: Part, rows: Range, cols: Range | None = None) -> Part | None:
+    """The part that makes some rows of `part` alone, and of a matrix some columns; None if it can only be made whole.
+
+    Args:
+        part: any part.
+        rows: half-open range within the part's own rows; of an entry of a vector too.
+        cols: half-open range within the columns; None keeps all.
+    """
+    match part:
+        case Whole():
+            return Take(source=part.source, rows=rows, cols=cols)
+        case Take() if part.cols or not cols:
+            within = _inside(part.cols, cols) if part.cols and cols else part.cols
+            return replace(part, rows=_inside(part.rows, rows), cols=within)
+        case Beside() if cols is None:
+            narrowed = (narrow(each, rows) for each in part.parts)
+            return Beside(parts=tuple(each for each in narrowed if isinstance(each, Take)))
+    return None
+
+
+def _inside(outer: Range, inner: Range) -> Range:
+    return outer[0] + inner[0], outer[0] + inner[1]
 
 
 def _times(factor: float) -> str:

@@ -162,9 +162,9 @@ def _replacement(native: nn.Module, moe: MoeDescription, router: RouterConfig, b
             found="router.expert_choice=true",
             remedy="set router.expert_choice=false",
         )
-    weight: nn.Parameter = native.get_parameter("weight")
+    weight = native.get_parameter("weight")
     if bias_N is None and balance.bias_update != 0:
         bias_N = torch.zeros(len(weight), dtype=torch.float32, device=weight.device)
     selection = replace(stored, **selection_changes(moe, router))
-    made = Router(weight, selection, router, bias_N=bias_N, granularity=moe.granularity)
+    made = Router(native, selection, router, bias_N=bias_N, granularity=moe.granularity)
     return made.train(native.training)

@@ -39,6 +39,13 @@ class Forward(NamedTuple):
 class Router(BiasedRouter):
     """Routes tokens for one MoE block, in place of its native router.
 
+    Args:
+        native: the router of the model's own type, with a parameter `weight` [N, H].
+        selection: see below.
+        options: the options.
+        bias_N: see `e_score_correction_bias`.
+        granularity: G.
+
     Attributes:
         weight: the native router's own parameter, [N, H].
         e_score_correction_bias: float32 [N], added to scores for choosing experts only; None where nothing uses it.
@@ -51,9 +58,11 @@ class Router(BiasedRouter):
     What is counted is no buffer, because DistributedDataParallel overwrites buffers with those of rank 0.
     """
 
+    weight: nn.Parameter
+
     def __init__(
         self,
-        weight: nn.Parameter,
+        native: nn.Module,
         selection: ExpertSelection,
         options: RouterConfig,
         *,
@@ -61,7 +70,7 @@ class Router(BiasedRouter):
         granularity: int,
     ) -> None:
         super().__init__()
-        self.weight = weight
+        self._parameters = native._parameters  # and no copy of it: FSDP2 exchanges what is in it
         self.register_buffer("e_score_correction_bias", bias_N)
         self.selection, self.options, self.granularity = selection, options, granularity
         self.forwarded: Forward | None = None

@@ -30,7 +30,9 @@ RUN, METRICS, CHECKPOINTS, MODEL = "run.json", "metrics.jsonl", "checkpoints", "
 # What run.json of a training run has, whatever its schema's version.
 KNOWN_BY = ("config", "order_hash", "data_hash", "flops_per_step")
 # Options that change where a run is and what is seen of it, but no number in it.
-NOT_COMPARED = ("output", "resume", "overwrite", "progress", "workers", "checkpoint_every", "peak_flops", "wandb")
+NOT_COMPARED = (
+    *("output", "resume", "overwrite", "progress", "workers", "checkpoint_every", "peak_flops", "wandb", "parallel"),
+)
 
 
 class Record:
@@ -105,6 +107,22 @@ class Record:
             write_all(descriptor, f"{line}\n".encode(), path)
         finally:
             os.close(descriptor)
+
+
+class Spectator(Record):
+    """The record as the ranks have it that do not write it."""
+
+    def create(self) -> None:
+        """The main rank does."""
+
+    def describe(self, **content: Any) -> None:
+        """The main rank does."""
+
+    def forget_after(self, step: int) -> None:
+        """The main rank does."""
+
+    def log(self, row: Mapping[str, Any], *, step: int) -> None:
+        """The main rank does."""
 
 
 def read_run(directory: Path) -> dict[str, Any]:

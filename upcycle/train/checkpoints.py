@@ -10,13 +10,16 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
-from upcycle.errors import OutputError, SourceError
+from upcycle.distributed.strategy import read_rest, read_sharded
+from upcycle.errors import ConfigError, OutputError, SourceError
 from upcycle.files import replacing, write_all
 
 if TYPE_CHECKING:
     from types import FrameType
 
     from lightning.pytorch import LightningModule, Trainer
+
+    from upcycle.distributed.ranks import Ranks
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -69,10 +72,14 @@ def checkpoint_io() -> AsyncCheckpointIO:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU; tensors are read from the file when they are used.
 
+    Of a sharded one, the model and the metadata, read whole.
+
     Raises:
         SourceError: it is missing or damaged.
     """
     try:
+        if path.is_dir():
+            return read_sharded(path)
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as error:
         raise SourceError(
@@ -83,6 +90,26 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+def steps_done(path: Path, ranks: Ranks) -> int:
+    """Optimizer steps of the run that a checkpoint is of; 0 if there is none.
+
+    Raises:
+        SourceError: it is damaged.
+        ConfigError: one process is to go on from shards, or several from one file.
+    """
+    if not path.exists():
+        return 0
+    if path.is_dir() != (ranks.size > 1):
+        raise ConfigError(
+            "the run was started by one process, and several are to go on"
+            if path.is_file()
+            else "the run was started by several processes, and one is to go on",
+            found=f"{path} is a {'file' if path.is_file() else 'directory of shards'}, parallel is {ranks.layout}",
+            remedy="start it as before: any number of ranks above one can go on with the shards of any other",
+        )
+    return int((read_rest(path) if path.is_dir() else read_checkpoint(path))["global_step"])
+
+
 class Checkpoints(Callback):
     """Saves last.ckpt every so many optimizer steps, on a signal and at the end; best.ckpt at the lowest loss.
 
@@ -90,13 +117,14 @@ class Checkpoints(Callback):
 
     Args:
         directory: where they go.
+        ranks: the processes that train together; a signal to one is for all.
         every: optimizer steps between them.
     """
 
-    def __init__(self, directory: Path, *, every: int) -> None:
+    def __init__(self, directory: Path, ranks: Ranks, *, every: int) -> None:
         self.best = float("inf")
         self.signalled: signal.Signals | None = None
-        self._directory, self._every = directory, every
+        self._directory, self._ranks, self._every = directory, ranks, every
         self._saved = -1
         self._improved = False
         self._before: dict[int, Any] = {}
@@ -121,9 +149,10 @@ class Checkpoints(Callback):
         step = trainer.global_step
         if batch_idx % trainer.accumulate_grad_batches:
             return
-        due = step > self._saved and (step % self._every == 0 or self.signalled is not None)
+        stopping = self._ranks.any(self.signalled is not None, trainer.strategy.root_device)
+        due = step > self._saved and (step % self._every == 0 or stopping)
         self._save(trainer, last=due)
-        trainer.should_stop = trainer.should_stop or self.signalled is not None
+        trainer.should_stop = trainer.should_stop or stopping
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer, last=trainer.global_step > self._saved)

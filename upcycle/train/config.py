@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from upcycle.config import STRICT, InitConfig, MoeConfig
 from upcycle.data.config import DataConfig
+from upcycle.parallel.config import ParallelConfig
 from upcycle.routing.config import BalanceConfig, RouterConfig
 from upcycle.tracking.config import WandbConfig
 
@@ -43,6 +44,10 @@ class BatchConfig:
 
     sequences: int
     micro: int | None
+
+    def micro_sequences(self, data_ranks: int) -> int:
+        """Sequences per forward pass and rank."""
+        return self.micro or self.sequences // data_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +156,7 @@ class TrainConfig:
         workers: processes that read data.
         progress: show a progress bar.
         wandb: the mirror of the record at Weights & Biases.
+        parallel: how several ranks share the model and the batch; null is one process.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = STRICT
@@ -189,6 +195,7 @@ class TrainConfig:
     workers: int
     progress: bool
     wandb: WandbConfig
+    parallel: ParallelConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

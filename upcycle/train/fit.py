@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from torch.utils.data import DataLoader
 
 from upcycle.data.order import PositionSampler
+from upcycle.distributed.strategy import ShardedStrategy
 from upcycle.quiet import only_warnings
 from upcycle.train.checkpoints import Checkpoints, checkpoint_io
 from upcycle.train.metrics import ExpertSimilarity, TrainingMetrics
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import Callback
 
+    from upcycle.distributed.ranks import Ranks
     from upcycle.train.config import TrainConfig
     from upcycle.train.periodic import Periodic
     from upcycle.train.run import Run
@@ -43,11 +45,13 @@ def fit(run: Run, callbacks: Sequence[Callback]) -> str:
         "finished" or "interrupted".
     """
     config = run.config
-    checkpoints = Checkpoints(run.last_checkpoint.parent, every=config.checkpoint_every)
+    run.ranks.wait()  # until the record's directory is there
+    checkpoints = Checkpoints(run.last_checkpoint.parent, run.ranks, every=config.checkpoint_every)
     run.record.forget_after(run.resumed or -1)  # without a checkpoint, all rows will come again
     measuring = _measuring(run, checkpoints)
     metrics = TrainingMetrics(
         run.record,
+        run.ranks,
         measuring,
         every=config.log_every,
         flops_per_step=run.flops_per_step,
@@ -71,14 +75,14 @@ def fit(run: Run, callbacks: Sequence[Callback]) -> str:
 
 def _trainer(run: Run, callbacks: list[Callback]) -> Trainer:
     config = run.config
+    data = run.ranks.layout.data
     return Trainer(
         accelerator=device_of(config).type,
-        devices=1,
+        **_placed(run.ranks),
         precision="bf16-mixed" if config.precision == "bfloat16" else "32-true",
         max_steps=run.steps,
-        accumulate_grad_batches=config.batch.sequences // (config.batch.micro or config.batch.sequences),
+        accumulate_grad_batches=config.batch.sequences // (config.batch.micro_sequences(data) * data),
         callbacks=callbacks,
-        plugins=[checkpoint_io()],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -87,6 +91,18 @@ def _trainer(run: Run, callbacks: list[Callback]) -> Trainer:
         use_distributed_sampler=False,
         default_root_dir=run.record.directory,
     )
+
+
+def _placed(ranks: Ranks) -> dict[str, Any]:
+    """What tells Lightning where the processes are, and who writes their checkpoints."""
+    if ranks.environment is None:
+        return {"devices": 1, "plugins": [checkpoint_io()]}
+    return {
+        "devices": ranks.size // ranks.nodes,
+        "num_nodes": ranks.nodes,
+        "strategy": ShardedStrategy(ranks.layout),
+        "plugins": [ranks.environment],
+    }
 
 
 @contextmanager
@@ -107,9 +123,10 @@ def _measuring(run: Run, checkpoints: Checkpoints) -> list[Periodic]:
             Validation(
                 run.corpus,
                 run.record,
+                run.ranks,
                 checkpoints,
                 every=every,
-                batch_size=config.batch.micro or config.batch.sequences,
+                batch_size=config.batch.micro_sequences(run.ranks.layout.data),
                 windows=config.validation.windows,
             )
         )
@@ -129,13 +146,14 @@ class _Data(LightningDataModule):
     def train_dataloader(self) -> Any:
         """Batches from the sample that follows the last optimizer step's."""
         assert self.trainer is not None
-        config, corpus = self._run.config, self._run.corpus
+        config, corpus, ranks = self._run.config, self._run.corpus, self._run.ranks
+        data = ranks.layout.data
         sampler = PositionSampler(
             corpus.order(config.seed),
             start=self.trainer.global_step * config.batch.sequences,
-            batch_size=config.batch.micro or config.batch.sequences,
-            rank=self.trainer.global_rank,
-            world=self.trainer.world_size,
+            batch_size=config.batch.micro_sequences(data) * data,
+            rank=ranks.data_rank,
+            world=data,
         )
         return DataLoader(corpus.train, batch_sampler=sampler, num_workers=config.workers)
 

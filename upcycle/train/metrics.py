@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
 
+    from upcycle.distributed.ranks import Ranks
     from upcycle.moe_config import MoeDescription
     from upcycle.tracking.record import Record
     from upcycle.train.similarity import Matrices
@@ -35,6 +36,7 @@ class TrainingMetrics(Callback):
 
     Args:
         record: where rows go.
+        ranks: the processes that train together; a row is about all of them.
         apart: whose time does not count.
         every: optimizer steps between rows.
         flops_per_step: training FLOPs of an optimizer step.
@@ -45,6 +47,7 @@ class TrainingMetrics(Callback):
     def __init__(
         self,
         record: Record,
+        ranks: Ranks,
         apart: Sequence[Periodic],
         *,
         every: int,
@@ -52,26 +55,34 @@ class TrainingMetrics(Callback):
         peak_flops: float | None,
         routing: bool,
     ) -> None:
-        self._record, self._apart, self._every = record, apart, every
+        self._record, self._ranks, self._apart, self._every = record, ranks, apart, every
         self._flops_per_step, self._peak_flops, self._routing = flops_per_step, peak_flops, routing
         self._sums: dict[str, Tensor] = {}
-        self._micro_batches = 0
+        self._steps = 0
         self._since: tuple[float, int] = (0.0, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self._sums, "micro_batches": self._micro_batches}
+        """The sums over all ranks, so that a run can go on with another number of them."""
+        return {"sums": self._total(), "steps": self._steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._sums, self._micro_batches = state_dict["sums"], state_dict["micro_batches"]
+        """The ranks with the first samples take the sums of all."""
+        self._steps = state_dict["steps"]
+        self._sums = {
+            name: value if self._ranks.data_rank == 0 else torch.zeros_like(value)
+            for name, value in state_dict["sums"].items()
+        }
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep what routers counted since the last row: the next row covers it too."""
         if self._routing:
             routers = pl_module.routing.routers
-            checkpoint["routing"] = {layer: asdict(router.sums) for layer, router in routers.items() if router.sums}
+            checkpoint["routing"] = {
+                layer: asdict(self._over_ranks(router.sums)) for layer, router in routers.items() if router.sums
+            }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if self._routing:
+        if self._routing and self._ranks.data_rank == 0:
             for layer, sums in checkpoint["routing"].items():
                 pl_module.routing.routers[layer].sums = RoutingSums(**sums)
 
@@ -87,16 +98,18 @@ class TrainingMetrics(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add to the sums; at the end of an interval, log a row."""
+        micro_batches = trainer.accumulate_grad_batches * self._ranks.layout.data
         for name, value in outputs.items():
             if name != "loss":
-                self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
-        self._micro_batches += 1
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and trainer.global_step % self._every == 0:
-            self._record.log(self._row(trainer.global_step, pl_module), step=trainer.global_step)
+                self._sums[name] = self._sums.get(name, 0.0) + value.detach().double() / micro_batches
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._steps += 1
+            if trainer.global_step % self._every == 0:
+                self._record.log(self._row(trainer.global_step, pl_module), step=trainer.global_step)
 
     def _row(self, step: int, module: Any) -> Row:
-        means = {name: float(total) / self._micro_batches for name, total in self._sums.items()}
-        self._sums, self._micro_batches = {}, 0
+        means = {name: float(total) / self._steps for name, total in self._total().items()}
+        self._sums, self._steps = {}, 0
         loss = means.pop("cross_entropy")
         row: Row = {
             "train/loss": loss,
@@ -109,9 +122,16 @@ class TrainingMetrics(Callback):
             **self._speed(step, module.tokens_per_step),
         }
         if self._routing:
-            row |= routing_row(module.routing.statistics(), module.moe.layers)
+            row |= routing_row(self._over_ranks(module.routing.statistics()), module.moe.layers)
             module.routing.reset_statistics()
         return row
+
+    def _total(self) -> dict[str, Tensor]:
+        """The sums over all ranks, each of which has to call it."""
+        return {name: self._ranks.sum(value) for name, value in self._sums.items()}
+
+    def _over_ranks(self, sums: RoutingSums) -> RoutingSums:
+        return RoutingSums(**{name: self._ranks.sum(value) for name, value in asdict(sums).items()})
 
     def _speed(self, step: int, tokens_per_step: int) -> Row:
         now, (before, first) = self._clock(), self._since

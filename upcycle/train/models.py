@@ -15,18 +15,33 @@ from upcycle.checkpoint import hash_files
 from upcycle.config import ConvertConfig
 from upcycle.convert import output_config
 from upcycle.data.bytes_tokenizer import byte_tokenizer
+from upcycle.distributed.layout import check_experts
+from upcycle.distributed.model import laid_out, settle
+from upcycle.distributed.ranks import ALONE
 from upcycle.errors import ConfigError, did_you_mean
-from upcycle.load import check_fits, load_checkpoint, load_dense, load_tokenizer, load_tokenizer_from, quietly
+from upcycle.load import (
+    check_fits,
+    from_pretrained,
+    load_checkpoint,
+    load_dense,
+    load_tokenizer,
+    load_tokenizer_from,
+    quietly,
+)
 from upcycle.manifest import manifest_json, read_manifest
 from upcycle.materialise import Materialiser
 from upcycle.model_config import read_config
 from upcycle.moe_config import MoeDescription, describe_config, describe_moe
 from upcycle.prepare import prepare
+from upcycle.slices import SlicedTensor, SliceMaterialiser
 from upcycle.source import expanded, open_source
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from upcycle.distributed.ranks import Ranks
     from upcycle.prepare import Conversion
     from upcycle.source import DenseSource
     from upcycle.train.config import TrainConfig
@@ -44,6 +59,7 @@ class Start:
         moe: its shape; None for a dense model.
         source: the dense model that it came from, or that it is; None where there is none.
         manifest: what `upcycle convert` would have written about it, or the checkpoint's own; empty where neither is.
+        bytes_read: by this rank, of the source's weights, where each rank reads what its shard needs.
     """
 
     model: PreTrainedModel
@@ -51,10 +67,11 @@ class Start:
     moe: MoeDescription | None
     source: DenseSource | None
     manifest: dict[str, Any]
+    bytes_read: int | None = None
 
 
-def start_model(config: TrainConfig) -> Start:
-    """Build the model that `config` names.
+def start_model(config: TrainConfig, ranks: Ranks = ALONE) -> Start:
+    """Build the model that `config` names, on every rank its shard.
 
     Raises:
         ConfigError: options that do not go together, or with the model.
@@ -64,7 +81,9 @@ def start_model(config: TrainConfig) -> Start:
     arms = {"dense": _dense, "upcycle": _upcycle, "scratch": _scratch, "checkpoint": _checkpoint}
     torch.manual_seed(config.seed)
     with quietly():
-        start = arms[config.model](config)
+        start = arms[config.model](config, ranks)
+    if ranks.size > 1:
+        settle(start.model)
     start.model.train()
     check_fits(start.model, start.tokenizer, config.sequence_length)
     return start
@@ -91,33 +110,56 @@ def _check_options(config: TrainConfig) -> None:
         )
 
 
-def _dense(config: TrainConfig) -> Start:
+def _dense(config: TrainConfig, ranks: Ranks) -> Start:
     source = open_source(str(config.source))
-    return Start(model=load_dense(source), tokenizer=_tokenizer(config, source), moe=None, source=source, manifest={})
+    with laid_out(ranks.layout) as layout:
+        _check_sliceable(source, ranks)
+        model = load_dense(source, **layout)
+    return Start(model=model, tokenizer=_tokenizer(config, source), moe=None, source=source, manifest={})
 
 
-def _upcycle(config: TrainConfig) -> Start:
+def _upcycle(config: TrainConfig, ranks: Ranks) -> Start:
     request = conversion_request(config)
     conversion = prepare(request, execute=True)
-    hashes = hash_files(conversion.source.files)
-    materialiser = Materialiser(conversion.source.read, config.seed)
-    values = {tensor.name: materialiser.tensor(tensor, torch.float32) for tensor in conversion.plan.tensors}
+    check_experts(ranks.layout, conversion.plan.moe.experts)
+    hashes = hash_files(conversion.source.files if ranks.main else ())
     transformers_config = _transformers_config(output_config(conversion))
-    model = _class_of(transformers_config).from_pretrained(
-        None, config=transformers_config, state_dict=values, dtype=torch.float32
-    )
-    return _of_conversion(config, conversion, model, json.loads(manifest_json(conversion, request, hashes.result())))
+    if ranks.size == 1:
+        materialiser = Materialiser(conversion.source.read, config.seed)
+        values = {tensor.name: materialiser.tensor(tensor, torch.float32) for tensor in conversion.plan.tensors}
+        model, bytes_read = _filled(transformers_config, values), None
+    else:
+        _check_sliceable(conversion.source, ranks)
+        slicing = SliceMaterialiser(conversion.source.read, config.seed, conversion.source.model.tensors())
+        slices = {tensor.name: SlicedTensor(tensor, slicing) for tensor in conversion.plan.tensors}
+        with laid_out(ranks.layout) as layout:
+            model = _filled(transformers_config, slices, **layout)
+        bytes_read = slicing.bytes_read
+    manifest = json.loads(manifest_json(conversion, request, hashes.result()))
+    return replace(_of_conversion(config, conversion, model, manifest), bytes_read=bytes_read)
 
 
-def _scratch(config: TrainConfig) -> Start:
+def _check_sliceable(source: DenseSource, ranks: Ranks) -> None:
+    files = source.reader.files if source.reader else ()
+    others = sorted(file.name for file in files if file.suffix != ".safetensors")
+    if ranks.size > 1 and others:
+        raise ConfigError(
+            "only of safetensors files can every rank read what its shard needs",
+            found=", ".join(others[:3]),
+            remedy="convert first, and train with model=checkpoint",
+        )
+
+
+def _scratch(config: TrainConfig, ranks: Ranks) -> Start:
     if config.architecture is not None:
-        return _from_architecture(config, config.architecture)
+        return _from_architecture(config, config.architecture, ranks)
     conversion = prepare(conversion_request(config), execute=False)
+    check_experts(ranks.layout, conversion.plan.moe.experts)
     transformers_config = _transformers_config(output_config(conversion))
-    return _of_conversion(config, conversion, _random(transformers_config), _granularity(conversion))
+    return _of_conversion(config, conversion, _random(transformers_config, ranks), _granularity(conversion))
 
 
-def _from_architecture(config: TrainConfig, architecture: dict[str, Any]) -> Start:
+def _from_architecture(config: TrainConfig, architecture: dict[str, Any], ranks: Ranks) -> Start:
     source = open_source(config.source, need_weights=False) if config.source else None
     tokenizer = _tokenizer(config, source)
     model_type = architecture.get("model_type")
@@ -133,19 +175,21 @@ def _from_architecture(config: TrainConfig, architecture: dict[str, Any]) -> Sta
     from huggingface_hub.errors import StrictDataclassError
 
     try:
-        model = _random(_transformers_config(fields))
+        model = _random(_transformers_config(fields), ranks)
     except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
         raise ConfigError("architecture is not valid", found=" ".join(str(error).split())) from error
     return Start(model=model, tokenizer=tokenizer, moe=None, source=None, manifest={})
 
 
-def _checkpoint(config: TrainConfig) -> Start:
+def _checkpoint(config: TrainConfig, ranks: Ranks) -> Start:
     directory = expanded(str(config.source))
     if read_config(directory).get("model_type") not in TARGETS:
-        return _dense(config)
+        return _dense(config, ranks)
     moe = describe_moe(directory)
+    check_experts(ranks.layout, moe.experts)
     manifest = read_manifest(directory) or {}
-    model = load_checkpoint(directory)
+    with laid_out(ranks.layout) as layout:
+        model = load_checkpoint(directory, **layout)
     origin = manifest.get("source", {}).get("given")
     source = open_source(origin) if origin and Path(origin).expanduser().exists() else None
     return Start(model=model, tokenizer=_tokenizer(config, directory), moe=moe, source=source, manifest=manifest)
@@ -207,11 +251,20 @@ def _class_of(transformers_config: Any) -> Any:
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(transformers_config)]
 
 
-def _random(transformers_config: Any) -> PreTrainedModel:
+def _filled(transformers_config: Any, values: Mapping[str, Any], **layout: Any) -> PreTrainedModel:
+    kind = _class_of(transformers_config)
+    return from_pretrained(kind, None, config=transformers_config, state_dict=values, dtype=torch.float32, **layout)
+
+
+def _random(transformers_config: Any, ranks: Ranks) -> PreTrainedModel:
+    """Random weights; with several ranks, each draws all of them and keeps its shard."""
     from transformers import AutoModelForCausalLM
 
     model: PreTrainedModel = AutoModelForCausalLM.from_config(transformers_config, dtype=torch.float32)
-    return model
+    if ranks.size == 1:
+        return model
+    with laid_out(ranks.layout) as layout:
+        return _filled(transformers_config, model.state_dict(), **layout)
 
 
 def _tokenizer(config: TrainConfig, source: DenseSource | Path | None) -> PreTrainedTokenizerBase:

@@ -13,6 +13,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from upcycle.distributed.gradients import clip_by_norm
+from upcycle.distributed.ranks import ALONE
 from upcycle.init.rng import derived_seed
 from upcycle.train.finite import first_not_finite
 from upcycle.train.optim import adamw
@@ -21,6 +23,7 @@ from upcycle.train.schedule import learning_rate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from upcycle.distributed.ranks import Ranks
     from upcycle.moe_config import MoeDescription
     from upcycle.routing.install import Routing
     from upcycle.train.config import TrainConfig
@@ -40,6 +43,7 @@ class TrainingModule(LightningModule):
         teacher: the dense model to distil from; None without distillation.
         config: the options.
         steps: optimizer steps of the budget.
+        ranks: the processes that train together.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class TrainingModule(LightningModule):
         teacher: PreTrainedModel | None,
         config: TrainConfig,
         steps: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
         self.model = model
@@ -60,9 +65,13 @@ class TrainingModule(LightningModule):
         self.routing = routing
         self.config = config
         self.steps = steps
+        self.ranks = ranks
         self.tokens_per_step = config.batch.sequences * config.sequence_length
         self.grad_norm: Tensor | None = None
         self._teacher = [teacher] if teacher else []  # in a list, so that it is no submodule and in no checkpoint
+
+    def configure_model(self) -> None:
+        """Nothing is left to do: with several ranks, the model was laid out as it was loaded."""
 
     def configure_optimizers(self) -> Any:
         """AdamW, and the schedule as a factor on every group's learning rate."""
@@ -81,7 +90,7 @@ class TrainingModule(LightningModule):
         """Leave the loop when a signal asked for it; otherwise seed the micro-batch."""
         if self.trainer.should_stop:
             return -1
-        seed = derived_seed(self.config.seed, f"train/{batch_idx}/{self.global_rank}")
+        seed = derived_seed(self.config.seed, f"train/{batch_idx}/{self.ranks.data_rank}")
         torch.default_generator.manual_seed(seed)  # torch.manual_seed formats the whole stack where CUDA is not in use
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -101,7 +110,7 @@ class TrainingModule(LightningModule):
             balance = self.routing.losses(self.global_step)
             parts |= {"aux_loss": balance.aux, "z_loss": balance.z}
             loss = loss + balance.total
-        if not torch.isfinite(loss):
+        if self.ranks.any(not torch.isfinite(loss), self.device):
             step = self.global_step + 1
             raise first_not_finite(self.model, model_inputs(batch), loss=float(loss.detach()), step=step)
         return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
@@ -111,7 +120,7 @@ class TrainingModule(LightningModule):
     ) -> None:
         """Clip by global norm, and keep the norm for the record."""
         limit = self.config.optim.clip
-        self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
+        self.grad_norm = clip_by_norm(self.model.parameters(), float("inf") if limit is None else limit)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, then let the routers balance.

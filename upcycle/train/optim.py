@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from upcycle.distributed.gradients import mesh_of
+
 if TYPE_CHECKING:
+    from collections.abc import Hashable
+
     from torch import nn
 
     from upcycle.moe_config import MoeDescription
@@ -35,11 +40,11 @@ def adamw(model: nn.Module, moe: MoeDescription | None, config: OptimConfig, *, 
 def parameter_groups(
     model: nn.Module, moe: MoeDescription | None, config: OptimConfig, *, peak: float
 ) -> list[dict[str, Any]]:
-    """One group for each kind of parameter, named, without the empty ones."""
-    groups: dict[str, list[nn.Parameter]] = {name: [] for name in KINDS}
+    """One group for each kind of parameter, named; with several ranks, for each kind and each way of sharding it."""
+    groups: dict[tuple[str, Hashable], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.numel():
-            groups[_kind(name, parameter, moe)].append(parameter)
+            groups[_kind(name, parameter, moe), mesh_of(parameter)].append(parameter)
     factors = {"routers": config.router_lr, "experts": config.expert_lr, "expert_biases": config.expert_lr}
     decayed = ("matrices", "experts")
     return [
@@ -49,8 +54,7 @@ def parameter_groups(
             "lr": peak * factors.get(name, 1.0),
             "weight_decay": config.weight_decay if name in decayed else 0.0,
         }
-        for name, parameters in groups.items()
-        if parameters
+        for (name, _), parameters in sorted(groups.items(), key=lambda group: KINDS.index(group[0][0]))
     ]
 
 

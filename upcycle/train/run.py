@@ -10,17 +10,18 @@ import torch
 from upcycle.checkpoint import hash_files
 from upcycle.data.corpus import Corpus, build_corpus
 from upcycle.data.order import order_hash
+from upcycle.distributed.ranks import Ranks, join_ranks
 from upcycle.errors import ConfigError
 from upcycle.load import load_dense
 from upcycle.source import expanded
 from upcycle.tracking.claim import claimed
-from upcycle.tracking.record import CHECKPOINTS, MODEL, Record
+from upcycle.tracking.record import CHECKPOINTS, MODEL, Record, Spectator
 from upcycle.tracking.rows import keep_columns
 from upcycle.tracking.schema import SCHEMA_VERSION
 from upcycle.tracking.wandb_training import TrainingMirror
-from upcycle.train.checkpoints import LAST, read_checkpoint
+from upcycle.train.checkpoints import LAST, steps_done
 from upcycle.train.equip import equip
-from upcycle.train.fit import fit
+from upcycle.train.fit import device_of, fit
 from upcycle.train.mirroring import Mirroring
 from upcycle.train.models import Start, start_model
 from upcycle.train.module import TrainingModule
@@ -52,6 +53,7 @@ class Run:
         steps: optimizer steps of the budget.
         flops_per_step: training FLOPs of one of them.
         resumed: optimizer steps of an earlier run of the same options.
+        ranks: the processes that train together.
     """
 
     config: TrainConfig
@@ -63,6 +65,7 @@ class Run:
     steps: int
     flops_per_step: int
     resumed: int
+    ranks: Ranks
 
     @property
     def last_checkpoint(self) -> Path:
@@ -74,16 +77,20 @@ def train(config: TrainConfig, *, on_start: Callable[[Run], Sequence[Callback]])
 
     Args:
         config: the options.
-        on_start: called with the run when all is checked and built; returns further callbacks, such as progress.
+        on_start: called with the run on the main rank when all is checked and built; returns further callbacks, such as
+            progress.
 
     Returns:
-        The run; its record's `last` holds the last value of every metric.
+        The run; on the main rank its record's `last` holds the last value of every metric.
 
     Raises:
         UpcycleError: anything wrong with the request, the source, the data or the output; nothing was trained.
         TrainingError: the loss stopped being finite.
     """
     run = prepare_run(config)
+    if not run.ranks.main:
+        fit(run, [])
+        return run
     callbacks = on_start(run)
     mirror = TrainingMirror(run.record, config.wandb)
     run.record.create()
@@ -124,8 +131,10 @@ def _describe(run: Run) -> None:
 def prepare_run(config: TrainConfig) -> Run:
     """Check the options, build model and data, and look at what is at the output; write nothing there."""
     check_options(config)
-    record = Record.open(expanded(config.output), config)
-    start = start_model(config)
+    ranks = join_ranks(config.parallel, device_of(config))
+    _check_batch(config, ranks.layout.data)
+    record = (Record if ranks.main else Spectator).open(expanded(config.output), config)
+    start = start_model(config, ranks)
     equipment = equip(start, config)
     if config.activation_checkpointing:
         start.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -135,11 +144,12 @@ def prepare_run(config: TrainConfig) -> Run:
         start=start,
         corpus=corpus,
         record=record,
-        module=_module(config, start, equipment),
+        module=_module(config, start, equipment, ranks),
         kernel=equipment.kernel,
         steps=equipment.steps,
         flops_per_step=equipment.flops_per_step,
-        resumed=0 if config.overwrite else _resumed(record.directory / CHECKPOINTS / LAST),
+        resumed=0 if config.overwrite else steps_done(record.directory / CHECKPOINTS / LAST, ranks),
+        ranks=ranks,
     )
 
 
@@ -149,14 +159,7 @@ def check_options(config: TrainConfig) -> None:
     Raises:
         ConfigError: naming the option.
     """
-    batch = config.batch
-    micro = batch.micro or batch.sequences
-    if batch.sequences < 1 or micro < 1 or batch.sequences % micro:
-        raise ConfigError(
-            "batch.micro does not divide batch.sequences",
-            found=f"sequences={batch.sequences}, micro={batch.micro}",
-            expected="a positive divisor, or null",
-        )
+    _check_batch(config, 1)
     positive = {
         "log_every": config.log_every,
         "checkpoint_every": config.checkpoint_every,
@@ -172,7 +175,19 @@ def check_options(config: TrainConfig) -> None:
         raise ConfigError("device=cuda is not there", found="no CUDA device", remedy="set device=auto")
 
 
-def _module(config: TrainConfig, start: Start, equipment: Equipment) -> TrainingModule:
+def _check_batch(config: TrainConfig, data_ranks: int) -> None:
+    batch = config.batch
+    micro = batch.micro_sequences(data_ranks)
+    if batch.sequences < 1 or micro < 1 or batch.sequences % (micro * data_ranks):
+        ranks = f" for {data_ranks} ranks with different samples" if data_ranks > 1 else ""
+        raise ConfigError(
+            f"batch.micro does not divide batch.sequences{ranks}",
+            found=f"sequences={batch.sequences}, micro={batch.micro}",
+            expected="a positive divisor, or null",
+        )
+
+
+def _module(config: TrainConfig, start: Start, equipment: Equipment, ranks: Ranks) -> TrainingModule:
     teacher = None
     if config.distill.weight:
         if start.source is None:
@@ -185,11 +200,8 @@ def _module(config: TrainConfig, start: Start, equipment: Equipment) -> Training
         teacher=teacher,
         config=config,
         steps=equipment.steps,
+        ranks=ranks,
     )
-
-
-def _resumed(checkpoint: Path) -> int:
-    return int(read_checkpoint(checkpoint)["global_step"]) if checkpoint.exists() else 0
 
 
 def _source_sha256(start: Start, model: str) -> dict[str, str] | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from upcycle.materialise import Materialiser
 
@@ -26,9 +27,9 @@ Matrices = dict[str, Tensor]
 
 
 def expert_matrices(experts: nn.Module) -> Matrices:
-    """Views of a layer's routed experts by matrix (gate, up, down), each [N, D]."""
-    stacked = {name: value for name, value in experts.named_parameters() if value.dim() == 3}
-    return _split({name: value.detach() for name, value in stacked.items()})
+    """Views of a layer's routed experts by matrix (gate, up, down), each [N, D]; gathered from all ranks."""
+    stacked = {name: value.detach() for name, value in experts.named_parameters() if value.dim() == 3}
+    return _split({name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in stacked.items()})
 
 
 def shard_reader(conversion: Conversion, moe: MoeDescription) -> Callable[[int], Matrices]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from upcycle.data.corpus import Corpus
+    from upcycle.distributed.ranks import Ranks
     from upcycle.tracking.record import Record
     from upcycle.train.checkpoints import Checkpoints
 
@@ -22,6 +23,7 @@ class Validation(Periodic):
     Args:
         corpus: the text, with some held out.
         record: where the losses go.
+        ranks: the processes that train together; each measures its share.
         checkpoints: told of every loss, to keep the best.
         every: optimizer steps.
         batch_size: windows per forward pass.
@@ -32,6 +34,7 @@ class Validation(Periodic):
         self,
         corpus: Corpus,
         record: Record,
+        ranks: Ranks,
         checkpoints: Checkpoints,
         *,
         every: int,
@@ -39,13 +42,17 @@ class Validation(Periodic):
         windows: int | None,
     ) -> None:
         super().__init__(every=every)
-        self._corpus, self._record, self._checkpoints = corpus, record, checkpoints
+        self._corpus, self._record, self._ranks, self._checkpoints = corpus, record, ranks, checkpoints
         self._batch_size, self._windows = batch_size, windows
 
     def measure(self, step: int, module: Any, trainer: Trainer) -> None:
         with trainer.precision_plugin.forward_context():
             losses = domain_losses(
-                module.model, self._corpus.held_out, batch_size=self._batch_size, windows=self._windows
+                module.model,
+                self._corpus.held_out,
+                batch_size=self._batch_size,
+                windows=self._windows,
+                ranks=self._ranks,
             )
         mean = sum(loss * tokens for loss, tokens in losses.values()) / sum(tokens for _, tokens in losses.values())
         row: dict[str, float] = {"val/loss": mean, "val/perplexity": math.exp(mean)}

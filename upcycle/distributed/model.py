@@ -1,0 +1,67 @@
+"""Has transformers lay out a model over the ranks as it loads it."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from upcycle.errors import ConfigError, UpcycleError
+from upcycle.kernels.select import experts_modules
+from upcycle.quiet import only_errors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+    from upcycle.distributed.layout import Layout
+
+
+@contextmanager
+def laid_out(layout: Layout) -> Iterator[dict[str, Any]]:
+    """Yield what `from_pretrained` is called with, so that every rank loads its shard; nothing for one rank.
+
+    Experts exchange tokens with an all-to-all in evaluation too: transformers' other ways hand kernels tokens of
+    experts that are elsewhere.
+
+    Raises:
+        ConfigError: the model's type has no plan for the layout.
+    """
+    if layout.ranks == 1:
+        yield {}
+        return
+    from transformers.distributed import DistributedConfig
+
+    config = DistributedConfig(
+        dp_replicate_size=layout.replicate,
+        fsdp_size=layout.fsdp,
+        tp_size=layout.tp,
+        ep_size=layout.ep,
+        ep_implementation="all_to_all",
+    )
+    try:
+        # What its report of the weights is about, `from_pretrained` of load.py checks, and every rank would print it.
+        with only_errors("transformers.modeling_utils"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="DTensor random operators may not have complete support")
+            yield {"distributed_config": config, "ignore_mismatched_sizes": True}
+    except UpcycleError:
+        raise
+    except ValueError as error:
+        raise ConfigError(
+            "the model cannot be laid out over the ranks like this",
+            found=f"{layout}: {' '.join(str(error).split())}",
+            remedy="choose another layout, such as parallel=fsdp",
+        ) from error
+
+
+def settle(model: nn.Module) -> None:
+    """Prepare a model that is laid out for training.
+
+    The all-to-all brings experts tokens of their own rank's experts alone, so they need to mask none. And FSDP2 cannot
+    reduce the gradient of a tensor without elements, such as those of Qwen2-MoE's shared expert of width 0.
+    """
+    for experts in experts_modules(model):
+        experts._is_expert_parallel = False
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.numel() > 0)

@@ -1,0 +1,129 @@
+"""This process among those that train together. Knows torch.distributed and how launchers number processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from torch import distributed
+
+from upcycle.distributed.layout import Layout, resolve
+from upcycle.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lightning.fabric.plugins import ClusterEnvironment
+    from torch import Tensor
+
+    from upcycle.parallel.config import ParallelConfig
+
+# Rank 0 reads, writes and converts alone while the others wait.
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process, and the layout that it is part of.
+
+    Attributes:
+        rank: of this process, from 0.
+        layout: of all.
+        environment: who started the processes; None where there is one.
+    """
+
+    rank: int = 0
+    layout: Layout = Layout()
+    environment: ClusterEnvironment | None = None
+
+    @property
+    def size(self) -> int:
+        return self.layout.ranks
+
+    @property
+    def nodes(self) -> int:
+        """Machines, as torchrun or SLURM says."""
+        return int(os.environ.get("GROUP_WORLD_SIZE") or os.environ.get("SLURM_NNODES") or 1)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that prints and writes what is not sharded."""
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of every batch this process takes; the ranks of a TP group take the same."""
+        return self.rank // self.layout.tp
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the ranks that see different samples. Every process has to call it."""
+        if self.size == 1:
+            return values
+        total = values.clone()
+        distributed.all_reduce(total)
+        return total // self.layout.tp if not total.is_floating_point() else total / self.layout.tp
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether it holds on some rank. Every process has to call it."""
+        return bool(self.sum(torch.tensor(int(flag) * self.layout.tp, device=device))) if self.size > 1 else flag
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.size > 1:
+            distributed.barrier()
+
+
+ALONE = Ranks()
+
+
+def join_ranks(config: ParallelConfig | None, device: torch.device) -> Ranks:
+    """Join the processes that torchrun or SLURM started.
+
+    Args:
+        config: `parallel`; None is for one process.
+        device: cpu or cuda.
+
+    Raises:
+        ConfigError: several processes without a layout, or a layout that does not have that many ranks.
+    """
+    environment = next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
+    started = environment.world_size() if environment else 1
+    if config is None:
+        if started > 1:
+            raise ConfigError(
+                "several processes were started, and nothing says how they share the model",
+                found=f"{started} processes, parallel=null",
+                remedy="choose a layout, such as parallel=fsdp or parallel=ep, or start one process",
+            )
+        return ALONE
+    layout = resolve(config, started)
+    if started == 1 or environment is None:
+        raise ConfigError(
+            "a layout is for several processes",
+            found="one process",
+            expected="torchrun or srun",
+            remedy="torchrun --nproc-per-node=4 --no-python upcycle train ..., or leave parallel out",
+        )
+    if not distributed.is_initialized():
+        _initialise(environment, device)
+    if environment.global_rank():
+        logging.getLogger("upcycle").setLevel(logging.WARNING)  # rank 0 says what is the same on all
+    return Ranks(rank=environment.global_rank(), layout=layout, environment=environment)
+
+
+def _initialise(environment: ClusterEnvironment, device: torch.device) -> None:
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
+    os.environ["LOCAL_RANK"] = str(environment.local_rank())
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(environment.local_rank())
+    distributed.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        rank=environment.global_rank(),
+        world_size=environment.world_size(),
+        timeout=TIMEOUT,
+        device_id=torch.device("cuda", environment.local_rank()) if on_gpu else None,
+    )

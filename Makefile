@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 CAMPAIGN := budget egt initialization router_order lr_reset balancing
+RECIPE := recipe recipe_confirmed
 MEGABLOCKS := megablocks==0.10.0 stanford-stk==0.7.1
 
 .PHONY: demo test quick bench campaign notebooks install-megablocks clean
@@ -29,6 +30,10 @@ campaign: $(VENV)/developing ## the sweeps behind analysis/results/laptop: hours
 	for sweep in $(CAMPAIGN); do \
 	  OMP_NUM_THREADS=1 $(BIN)/upcycle train -m +sweeps=$$sweep scale=laptop output=analysis/results/laptop \
 	    hydra/launcher=joblib hydra.launcher.n_jobs=2; \
+	done
+	for sweep in $(RECIPE); do \
+	  OMP_NUM_THREADS=1 $(BIN)/upcycle train -m +sweeps=$$sweep scale=laptop budget.flops=1.2e13 \
+	    output=analysis/results/laptop hydra/launcher=joblib hydra.launcher.n_jobs=2; \
 	done
 
 install-megablocks: $(VENV)/installed ## the kernels of kernel=megablocks; without dependencies, which would replace torch

@@ -35,7 +35,9 @@ def clip_by_norm(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
         if parameter.grad is not None:
             by_mesh[mesh_of(parameter)].append(parameter)
     norms = (get_total_norm([each.grad for each in group if each.grad is not None]) for group in by_mesh.values())
-    norm = torch.linalg.vector_norm(torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]))
+    norm: Tensor = torch.linalg.vector_norm(
+        torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms])
+    )
     for group in by_mesh.values():
         clip_grads_with_norm_(group, limit, norm)
     return norm

@@ -31,7 +31,7 @@ def laid_out(layout: Layout) -> Iterator[dict[str, Any]]:
     if layout.ranks == 1:
         yield {}
         return
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     config = DistributedConfig(
         dp_replicate_size=layout.replicate,

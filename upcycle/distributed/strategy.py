@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -23,6 +23,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from upcycle.files import DRAFT_SUFFIX, output_errors, replacing, sync_directory
 
@@ -74,7 +76,7 @@ class ShardedStrategy(ModelParallelStrategy):
                 shutil.rmtree(target, ignore_errors=True)
                 target.mkdir()
             self.barrier()
-            dcp.save(state, checkpoint_id=target)
+            save(state, checkpoint_id=target)
             if self.is_global_zero:
                 with replacing(target / REST) as descriptor, os.fdopen(os.dup(descriptor), "wb") as stream:
                     torch.save(checkpoint, stream)
@@ -87,10 +89,10 @@ class ShardedStrategy(ModelParallelStrategy):
         assert self.model is not None
         path, model, optimizer = Path(checkpoint_path), self.model, self.optimizers[0]
         weights = {MODEL: get_model_state_dict(model)}
-        dcp.load(weights, checkpoint_id=path)
+        load(weights, checkpoint_id=path)
         set_model_state_dict(model, weights[MODEL])
         state = {OPTIMIZER: get_optimizer_state_dict(model, optimizer, options=BY_NAME)}
-        dcp.load(state, checkpoint_id=path)
+        load(state, checkpoint_id=path)
         set_optimizer_state_dict(model, optimizer, state[OPTIMIZER], options=BY_NAME)
         return read_rest(path)
 
@@ -115,11 +117,11 @@ def read_rest(path: Path) -> dict[str, Any]:
 
 def read_sharded(path: Path) -> dict[str, Any]:
     """The whole model of a sharded checkpoint, in this process's memory, as `state_dict`; and the rest."""
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
     weights = {
         name.removeprefix(f"{MODEL}."): torch.empty(tensor.size, dtype=tensor.properties.dtype)
         for name, tensor in stored.items()
         if name.startswith(f"{MODEL}.") and isinstance(tensor, TensorStorageMetadata)
     }
-    dcp.load({MODEL: weights}, checkpoint_id=path, no_dist=True)
+    load({MODEL: weights}, checkpoint_id=path, no_dist=True)
     return {MODEL: weights, **read_rest(path)}

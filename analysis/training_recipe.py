@@ -10,8 +10,8 @@
 # # What upcycling is worth, and how to train it
 #
 # The first question is whether to upcycle at all: against going on with the dense model, and against the same mixture
-# from random weights, at the same training FLOPs. Then what the recipe is made of: learning rate, batch, optimizer; and a
-# search for the best one.
+# from random weights, at the same training FLOPs. Then what the recipe is made of (learning rate, batch, optimizer),
+# and a search for the best one.
 # Arms are paired by seed.
 #
 # Everything below is computed from the records in `UPCYCLE_RECORDS` (by default those committed at laptop scale),

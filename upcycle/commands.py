@@ -107,7 +107,8 @@ def train(config: TrainConfig) -> int:
         return [TrainingProgress(prepared)] if config.progress else []
 
     finished = run(config, on_start=on_start)
-    Console().print(summary(finished))
+    if finished.ranks.main:
+        Console().print(summary(finished))
     return 0
 
 

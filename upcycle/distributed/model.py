@@ -41,8 +41,8 @@ def laid_out(layout: Layout) -> Iterator[dict[str, Any]]:
         ep_implementation="all_to_all",
     )
     try:
-        # What its report of the weights is about, `from_pretrained` of load.py checks, and every rank would print it.
-        with only_errors("transformers.modeling_utils"), warnings.catch_warnings():
+        # Every rank would say it; and what the report of the weights is about, `from_pretrained` of load.py checks.
+        with only_errors("transformers"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="DTensor random operators may not have complete support")
             yield {"distributed_config": config, "ignore_mismatched_sizes": True}
     except UpcycleError:

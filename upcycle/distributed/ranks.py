@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -70,6 +70,13 @@ class Ranks:
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether it holds on some rank. Every process has to call it."""
         return bool(self.sum(torch.tensor(int(flag) * self.layout.tp, device=device))) if self.size > 1 else flag
+
+    def gather(self, fact: Any) -> list[Any]:
+        """What every rank says, in their order. Every process has to call it."""
+        facts: list[Any] = [fact] * self.size
+        if self.size > 1:
+            distributed.all_gather_object(facts, fact)
+        return facts
 
     def wait(self) -> None:
         """Until all ranks are here."""

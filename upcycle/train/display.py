@@ -49,10 +49,18 @@ def panel(run: Run) -> Panel:
         "batch": f"{config.batch.sequences} sequences of {config.sequence_length} tokens",
         "data": f"{config.data.name}: {run.corpus.tokens:,} tokens, {run.corpus.documents:,} documents",
         "schedule": f"{config.schedule.name}, peak {config.schedule.peak:g}",
+        **({"ranks": _ranks(run)} if run.ranks.size > 1 else {}),
         "output": str(run.record.directory),
         **({"resumed": f"after step {run.resumed:,}"} if run.resumed else {}),
     }
     return Panel(_grid(rows), title="upcycle train", title_align="left")
+
+
+def _ranks(run: Run) -> str:
+    read = [share["bytes_read"] for share in run.shares if share["bytes_read"] is not None]
+    held = max(share["peak_memory"] or 0 for share in run.shares)
+    slices = f"each read up to {max(read) / 1e6:,.1f} MB of the source; " if read else ""
+    return f"{run.ranks.size}: {run.ranks.layout}; {slices}at most {held / 1e9:,.2f} GB in memory"
 
 
 def summary(run: Run) -> Panel:

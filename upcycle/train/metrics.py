@@ -84,7 +84,8 @@ class TrainingMetrics(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if self._routing and self._ranks.data_rank == 0:
             for layer, sums in checkpoint["routing"].items():
-                pl_module.routing.routers[layer].sums = RoutingSums(**sums)
+                on_device = {name: value.to(pl_module.device) for name, value in sums.items()}
+                pl_module.routing.routers[layer].sums = RoutingSums(**on_device)
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Routers count only what is logged."""
@@ -92,6 +93,7 @@ class TrainingMetrics(Callback):
             pl_module.routing.measuring = self._routing
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._sums = {name: value.to(pl_module.device) for name, value in self._sums.items()}
         self._since = (self._clock(), trainer.global_step)
 
     def on_train_batch_end(

@@ -112,8 +112,8 @@ def _check_options(config: TrainConfig) -> None:
 
 def _dense(config: TrainConfig, ranks: Ranks) -> Start:
     source = open_source(str(config.source))
-    with laid_out(ranks.layout) as layout:
-        _check_sliceable(source, ranks)
+    _check_sliceable(source, ranks)
+    with laid_out(replace(ranks.layout, ep=1)) as layout:
         model = load_dense(source, **layout)
     return Start(model=model, tokenizer=_tokenizer(config, source), moe=None, source=source, manifest={})
 
@@ -263,7 +263,8 @@ def _random(transformers_config: Any, ranks: Ranks) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(transformers_config, dtype=torch.float32)
     if ranks.size == 1:
         return model
-    with laid_out(ranks.layout) as layout:
+    dense = transformers_config.model_type in FAMILIES
+    with laid_out(replace(ranks.layout, ep=1) if dense else ranks.layout) as layout:
         return _filled(transformers_config, model.state_dict(), **layout)
 
 

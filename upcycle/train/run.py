@@ -25,7 +25,7 @@ from upcycle.train.fit import device_of, fit
 from upcycle.train.mirroring import Mirroring
 from upcycle.train.models import Start, start_model
 from upcycle.train.module import TrainingModule
-from upcycle.train.surroundings import surroundings
+from upcycle.train.surroundings import peak_memory, surroundings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -54,6 +54,8 @@ class Run:
         flops_per_step: training FLOPs of one of them.
         resumed: optimizer steps of an earlier run of the same options.
         ranks: the processes that train together.
+        shares: of each of them, once its model is there, `bytes_read` of the source's weights where that was counted,
+            and `peak_memory`, the most bytes that the process has held.
     """
 
     config: TrainConfig
@@ -66,6 +68,7 @@ class Run:
     flops_per_step: int
     resumed: int
     ranks: Ranks
+    shares: tuple[dict[str, int | None], ...]
 
     @property
     def last_checkpoint(self) -> Path:
@@ -121,6 +124,8 @@ def _describe(run: Run) -> None:
         steps=run.steps,
         flops_per_step=run.flops_per_step,
         kernel=run.kernel,
+        layout=asdict(run.ranks.layout),
+        ranks=run.shares,
         data_hash=run.corpus.hash,
         order_hash=order_hash(run.corpus.order(run.config.seed), ORDER_HASHED),
         source_sha256=_source_sha256(run.start, run.config.model),
@@ -150,6 +155,7 @@ def prepare_run(config: TrainConfig) -> Run:
         flops_per_step=equipment.flops_per_step,
         resumed=0 if config.overwrite else steps_done(record.directory / CHECKPOINTS / LAST, ranks),
         ranks=ranks,
+        shares=tuple(ranks.gather({"bytes_read": start.bytes_read, "peak_memory": peak_memory()})),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -27,6 +28,13 @@ def surroundings() -> dict[str, Any]:
         },
         "git_commit": _commit(),
     }
+
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process has held so far, on the GPU where it has one."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _commit() -> str | None:

@@ -1,0 +1,86 @@
+"""With model=upcycle each rank makes its own shard of the mixture: bit for bit what `upcycle convert` writes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import training
+from conversions import run as converted
+from launching import on_ranks
+
+from upcycle.load import load_checkpoint
+from upcycle.train.models import conversion_request
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from upcycle.train.config import TrainConfig
+
+pytest_plugins = ("text_model",)
+
+LAYOUTS = {
+    "fsdp2": (2, ("parallel=fsdp",)),
+    "fsdp2 x ep2": (2, ("parallel=ep",)),
+    "fsdp4 x ep2": (4, ("parallel=ep", "parallel.ep=2")),
+    "fsdp2 x tp2 x ep4": (4, ("parallel=tp_ep",)),
+    "hsdp2 x fsdp2 x ep2": (4, ("parallel=hsdp_ep",)),
+}
+MOE = ("moe.expansion=4", "moe.granularity=2", "moe.top_k=2")
+CASES = {
+    "qwen2_moe": MOE,
+    "mixtral": (*MOE, "moe.router_order=topk_softmax"),
+    "upcycled_moe": (*MOE, "target=upcycled_moe", "moe.shared_experts=1"),
+    "drop": (*MOE, "init=drop"),
+    "noise": (*MOE, "init=noise"),
+}
+
+
+@pytest.fixture(scope="session")
+def loaded(
+    text_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], tuple[TrainConfig, Path]]:
+    """The options and the gathered model of every case in every layout."""
+    place = tmp_path_factory.mktemp("online")
+    made = {}
+    for ranks in (2, 4):
+        jobs: list[dict[str, Any]] = []
+        for layout, (size, overrides) in LAYOUTS.items():
+            for case, moe in CASES.items() if size == ranks else ():
+                given = ("model=upcycle", f"source='{text_model}'", *moe, *overrides)
+                config, file = training.options(text, place / "none", *given), place / f"{case}-{layout}.pt"
+                jobs.append({"do": "start", "options": asdict(config), "file": str(file)})
+                made[case, layout] = (config, file)
+        on_ranks(ranks, jobs, place)
+    return made
+
+
+def written(config: TrainConfig, directory: Path) -> dict[str, Tensor]:
+    """What `upcycle convert` writes, loaded by transformers."""
+    output = converted(replace(conversion_request(config), output=str(directory / "moe"))).directory
+    return load_checkpoint(output).state_dict()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_as_converted_and_loaded(case: str, layout: str, loaded: dict[Any, Any], tmp_path: Path) -> None:
+    config, file = loaded[case, layout]
+    expected, found = written(config, tmp_path), torch.load(file, weights_only=True)
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rank_reads_what_it_holds(layout: str, loaded: dict[Any, Any]) -> None:
+    """float32 values of the source, each once: what a rank holds, without routers and gates, which are drawn."""
+    _, file = loaded["qwen2_moe", layout]
+    whole = sum(value.numel() for value in torch.load(file, weights_only=True).values())
+    for rank in json.loads(file.with_suffix(".json").read_text()):
+        assert rank["bytes_read"] <= 4 * rank["elements"]
+        assert rank["elements"] < 0.6 * whole
+        assert rank["bytes_read"] > 4 * 0.9 * rank["elements"]

@@ -1,0 +1,158 @@
+"""Training on many ranks is training: losses and weights are those of one process, in float32."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import models
+import pytest
+import torch
+import training
+from launching import on_ranks
+from transformers import OlmoeConfig, OlmoeForCausalLM
+
+from upcycle.train.checkpoints import read_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytest_plugins = ("text_model",)
+
+# The order of float32 sums is all that may differ; the largest differences seen are 6e-7 and 2e-7.
+LOSS, WEIGHT = 5e-6, 2e-6
+LAYOUTS = {
+    "fsdp2": (2, ("parallel=fsdp",)),
+    "fsdp2 x ep2": (2, ("parallel=ep",)),
+    "fsdp2 x tp2 x ep4": (4, ("parallel=tp_ep",)),
+    "hsdp2 x fsdp2 x ep2": (4, ("parallel=hsdp_ep",)),
+}
+DATA_RANKS = {"fsdp2": 2, "fsdp2 x ep2": 2, "fsdp2 x tp2 x ep4": 2, "hsdp2 x fsdp2 x ep2": 4}
+UPCYCLE = ("model=upcycle", "moe.expansion=8", "moe.granularity=1", "moe.top_k=2", "init.router_std=0.1")
+TYPES = {
+    "qwen3_moe": (*UPCYCLE, "moe.router_order=topk_softmax"),
+    "qwen2_moe": UPCYCLE,
+    "mixtral": (*UPCYCLE, "moe.router_order=topk_softmax"),
+    "upcycled_moe": (*UPCYCLE, "target=upcycled_moe", "moe.shared_experts=1", "balance.bias_update=0.001"),
+    "olmoe": ("model=checkpoint",),
+    "dense": ("model=dense",),
+}
+# Adam divides by the gradient's own size: at its usual eps a rounding error in one that is nearly 0 is a whole step.
+COMMON = (
+    "budget.steps=3",
+    "batch.sequences=8",
+    "balance.statistics=global_batch",
+    "balance.z_loss=0.001",
+    "optim.eps=1e-3",
+    "optim.clip=0.5",
+    "validation.windows=5",
+    "schedule.warmup=1",
+    "metrics=dense",
+)
+
+
+@pytest.fixture(scope="session")
+def sources(text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What each type starts from."""
+    place = tmp_path_factory.mktemp("sources")
+    qwen3 = models.save(models.build("qwen3", vocab_size=300), place / "qwen3")
+    olmoe = OlmoeForCausalLM(
+        OlmoeConfig(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            num_experts=8,
+            num_experts_per_tok=2,
+            max_position_embeddings=64,
+            eos_token_id=2,
+        )
+    )
+    models.save(olmoe, place / "olmoe")
+    for file in text_model.glob("tokenizer*"):
+        for directory in (qwen3, place / "olmoe"):
+            (directory / file.name).write_bytes(file.read_bytes())
+    return {name: text_model for name in TYPES} | {"qwen3_moe": qwen3, "olmoe": place / "olmoe"}
+
+
+@pytest.fixture(scope="session")
+def alone(sources: dict[str, Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Returns the run of one process, made on first use."""
+    place = tmp_path_factory.mktemp("alone")
+
+    def made(kind: str) -> Path:
+        given = (f"source='{sources[kind]}'", *TYPES[kind], *COMMON, "batch.micro=4")
+        training.run(training.options(text, place / kind, *given))
+        return place / kind
+
+    return functools.cache(made)
+
+
+def job(kind: str, layout: str, source: Path, text: Path, output: Path, *changes: str, **more: Any) -> dict[str, Any]:
+    """A run over the ranks of a layout, with as many micro-batches as the one process makes."""
+    given = (f"source='{source}'", *TYPES[kind], *COMMON, f"batch.micro={4 // DATA_RANKS[layout]}", *LAYOUTS[layout][1])
+    return {"do": "run", "options": asdict(training.options(text, output, *given, *changes)), **more}
+
+
+@pytest.fixture(scope="session")
+def runs(
+    sources: dict[str, Path], text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], dict[tuple[str, str], Path]]:
+    """Returns the runs of all types in all layouts of so many ranks, made together on first use."""
+
+    def made(ranks: int) -> dict[tuple[str, str], Path]:
+        place = tmp_path_factory.mktemp(f"ranks{ranks}")
+        layouts = [layout for layout, (size, _) in LAYOUTS.items() if size == ranks]
+        outputs = {(kind, layout): place / f"{kind}-{layout}" for kind in TYPES for layout in layouts}
+        jobs = [job(kind, layout, sources[kind], text, output) for (kind, layout), output in outputs.items()]
+        on_ranks(ranks, jobs, place)
+        return outputs
+
+    return functools.cache(made)
+
+
+def difference(one: Path, other: Path) -> tuple[float, float]:
+    """Largest difference of what two runs recorded, and of their weights."""
+    rows = list(zip(training.rows(one), training.rows(other), strict=True))
+    for ours, theirs in rows:
+        assert ours.keys() == theirs.keys()
+    losses = max(_apart(ours[name], theirs[name]) for ours, theirs in rows for name in ours)
+    weights = [read_checkpoint(run / "checkpoints/last.ckpt")["state_dict"] for run in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    apart = [(weights[0][name] - weights[1][name]).abs().max() for name in weights[0] if weights[0][name].numel()]
+    return losses, float(torch.stack(apart).max())
+
+
+def _apart(one: Any, other: Any) -> float:
+    if isinstance(one, list):
+        return max(_apart(a, b) for a, b in zip(one, other, strict=True))
+    return abs(one - other) / max(1.0, abs(one))
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """The one assertion of parity, which every mutant must fail."""
+    losses, weights = difference(one, other)
+    assert losses <= LOSS
+    assert weights <= WEIGHT
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", TYPES)
+def test_as_in_one_process(
+    kind: str, layout: str, runs: Callable[[int], dict[tuple[str, str], Path]], alone: Callable[[str], Path]
+) -> None:
+    assert_same(runs(LAYOUTS[layout][0])[kind, layout], alone(kind))
+
+
+@pytest.mark.parametrize("mutant", ["loads of one rank", "clipping by one rank's norm", "metrics of one rank"])
+def test_mutants_are_rejected(
+    mutant: str, sources: dict[str, Path], text: Path, tmp_path: Path, alone: Callable[[str], Path]
+) -> None:
+    layout, output = "fsdp2 x ep2", tmp_path / "run"
+    on_ranks(2, [job("qwen2_moe", layout, sources["qwen2_moe"], text, output, mutant=mutant)], tmp_path)
+    with pytest.raises(AssertionError):
+        assert_same(output, alone("qwen2_moe"))

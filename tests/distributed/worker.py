@@ -8,9 +8,13 @@ A job has `do`, `options` of `upcycle train`, and what its function below asks f
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import time
 import warnings
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +38,17 @@ class Stop(Exception):
 
 
 def run(config: TrainConfig, job: dict[str, Any]) -> None:
-    """Train; with `stop_after`, crash on all ranks after that step."""
-    last = job.get("stop_after")
+    """Train; `stop_after` crashes all ranks after that step, `dies` one of them."""
+    dies = job.get("dies", {})
 
     def crash(self: module.TrainingModule, *_: Any) -> None:
-        if self.global_step == last:
+        if self.global_step == job.get("stop_after"):
             raise Stop
+        if (self.global_step, distributed.get_rank()) == (dies.get("step"), dies.get("rank")):
+            Path(dies["noted"]).write_text(str(time.time()))
+            if dies["way"] == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise LookupError("out of luck")
 
     module.TrainingModule.on_train_batch_end = crash  # type: ignore[method-assign]
     with suppress(Stop):
@@ -52,12 +61,13 @@ def start(config: TrainConfig, job: dict[str, Any]) -> None:
     started = start_model(config, ranks)
     whole, held = {}, 0
     for name, value in started.model.state_dict().items():
-        whole[name] = value.full_tensor() if isinstance(value, DTensor) else value
+        # torch cannot gather a tensor without elements, such as those of Qwen2-MoE's shared expert of width 0.
+        whole[name] = value.full_tensor() if isinstance(value, DTensor) and value.numel() else value
         held += value.to_local().numel() if isinstance(value, DTensor) else value.numel()
     read: list[Any] = [None] * ranks.size
     distributed.all_gather_object(read, {"bytes_read": started.bytes_read, "elements": held})
     if ranks.main:
-        torch.save(whole, job["file"])
+        torch.save({name: value for name, value in whole.items() if value.numel()}, job["file"])
         Path(job["file"]).with_suffix(".json").write_text(json.dumps(read))
 
 
@@ -77,6 +87,11 @@ def _clip_locally(parameters: Any, limit: float) -> Any:
     return norm
 
 
+def pretend(package: str, other: str) -> None:
+    """Say that another version of a package is installed."""
+    ranks_module.version = lambda name: other if name == package else version(name)  # type: ignore[attr-defined]
+
+
 def main() -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
@@ -84,6 +99,8 @@ def main() -> None:
         config = TypeAdapter(TrainConfig).validate_python(job["options"])
         if "mutant" in job:
             MUTANTS[job["mutant"]]()
+        if "runs" in job and int(os.environ["RANK"]) == job["runs"]["rank"]:
+            pretend(job["runs"]["package"], job["runs"]["version"])
         {"run": run, "start": start}[job["do"]](config, job)
     distributed.destroy_process_group()
 

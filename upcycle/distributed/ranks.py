@@ -6,6 +6,7 @@ import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from upcycle.parallel.config import ParallelConfig
 
+PACKAGES = ("upcycle", "torch", "lightning", "transformers")
 # Rank 0 reads, writes and converts alone while the others wait.
 TIMEOUT = timedelta(minutes=30)
 
@@ -117,9 +119,23 @@ def join_ranks(config: ParallelConfig | None, device: torch.device) -> Ranks:
         )
     if not distributed.is_initialized():
         _initialise(environment, device)
-    if environment.global_rank():
+    ranks = Ranks(rank=environment.global_rank(), layout=layout, environment=environment)
+    _check_versions(ranks)
+    if not ranks.main:
         logging.getLogger("upcycle").setLevel(logging.WARNING)  # rank 0 says what is the same on all
-    return Ranks(rank=environment.global_rank(), layout=layout, environment=environment)
+    return ranks
+
+
+def _check_versions(ranks: Ranks) -> None:
+    of_rank = ranks.gather({name: version(name) for name in PACKAGES})
+    for rank, found in enumerate(of_rank):
+        if found != of_rank[0]:
+            differing = [name for name in PACKAGES if found[name] != of_rank[0][name]]
+            raise ConfigError(
+                "the ranks run different versions",
+                found="; ".join(f"{n} {of_rank[0][n]} on rank 0, {found[n]} on rank {rank}" for n in differing),
+                expected="one environment on every node",
+            )
 
 
 def _initialise(environment: ClusterEnvironment, device: torch.device) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,5 +124,7 @@ def read_sharded(path: Path) -> dict[str, Any]:
         for name, tensor in stored.items()
         if name.startswith(f"{MODEL}.") and isinstance(tensor, TensorStorageMetadata)
     }
-    load({MODEL: weights}, checkpoint_id=path, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        load({MODEL: weights}, checkpoint_id=path, no_dist=True)
     return {MODEL: weights, **read_rest(path)}

@@ -10,6 +10,7 @@ import torch
 from upcycle.checkpoint import hash_files
 from upcycle.data.corpus import Corpus, build_corpus
 from upcycle.data.order import order_hash
+from upcycle.distributed.failure import shared_failure
 from upcycle.distributed.ranks import Ranks, join_ranks
 from upcycle.errors import ConfigError
 from upcycle.load import load_dense
@@ -92,7 +93,8 @@ def train(config: TrainConfig, *, on_start: Callable[[Run], Sequence[Callback]])
     """
     run = prepare_run(config)
     if not run.ranks.main:
-        fit(run, [])
+        with shared_failure(run.ranks):
+            fit(run, [])
         return run
     callbacks = on_start(run)
     mirror = TrainingMirror(run.record, config.wandb)
@@ -101,7 +103,8 @@ def train(config: TrainConfig, *, on_start: Callable[[Run], Sequence[Callback]])
         _describe(run)
         with mirror:
             try:
-                status = fit(run, [*callbacks, Mirroring(mirror.update)])
+                with shared_failure(run.ranks):
+                    status = fit(run, [*callbacks, Mirroring(mirror.update)])
             except BaseException as error:
                 run.record.describe(status="failed", error=str(error))
                 raise

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("upcycle", "torch", "lightning", "transformers")
+from upcycle.distributed.ranks import PACKAGES
 
 
 def surroundings() -> dict[str, Any]:

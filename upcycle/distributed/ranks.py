@@ -10,8 +10,6 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from torch import distributed
 
 from upcycle.distributed.layout import Layout, resolve
@@ -99,7 +97,7 @@ def join_ranks(config: ParallelConfig | None, device: torch.device) -> Ranks:
     Raises:
         ConfigError: several processes without a layout, or a layout that does not have that many ranks.
     """
-    environment = next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
+    environment = _environment()
     started = environment.world_size() if environment else 1
     if config is None:
         if started > 1:
@@ -136,6 +134,14 @@ def _check_versions(ranks: Ranks) -> None:
                 found="; ".join(f"{n} {of_rank[0][n]} on rank 0, {found[n]} on rank {rank}" for n in differing),
                 expected="one environment on every node",
             )
+
+
+def _environment() -> ClusterEnvironment | None:
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+    kinds = (TorchElasticEnvironment, SLURMEnvironment)
+    return next((kind() for kind in kinds if kind.detect()), None)
 
 
 def _initialise(environment: ClusterEnvironment, device: torch.device) -> None:

@@ -36,7 +36,7 @@ def compare(
 
     - `lower` or `higher`: p_holm is below 1 - confidence;
     - else `same`: the interval lies within ± smallest_percent;
-    - else `underpowered`: the pairs exclude neither no effect nor one of smallest_percent, or there is one pair only.
+    - else `underpowered`: neither can be said of so few pairs.
 
     Args:
         runs: from `load_runs`.

@@ -62,7 +62,7 @@ def answer(compared: pd.DataFrame, *, metric: str = "val/loss") -> Markdown:
     ]
     note = (
         "`lower` and `higher`: p below 0.05 after Holm's adjustment; `same`: the interval lies within ±1 %; "
-        "`underpowered`: the pairs exclude neither no effect nor one of 1 %."
+        "`underpowered`: neither can be said of so few pairs."
     )
     differing = [f"`{each.arm}` ({each.differs})" for each in compared.itertuples() if each.differs]
     if differing:

@@ -111,6 +111,8 @@ def _quiet_lightning() -> Iterator[None]:
     with only_warnings("lightning.pytorch"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+        # A tensor-parallel embedding's, which no model of transformers changes in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         yield
 
 

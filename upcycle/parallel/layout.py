@@ -52,9 +52,14 @@ class Layout:
         return f"{attention}, ETP{self.etp} EP{self.ep} EDP{self.edp}"
 
     @property
-    def sequence_parallel(self) -> bool:
-        """Whether the ranks of TP split the tokens between matrices too (arXiv 2205.05198)."""
-        return self.engine == "megatron"
+    def token_ways(self) -> int:
+        """Ranks of TP that split the tokens outside of matrices: all with sequence parallelism (arXiv 2205.05198)."""
+        return self.tp if self.engine == "megatron" else 1
+
+    @property
+    def shared_ways(self) -> int:
+        """Ranks of TP that split shared experts; transformers' plans leave them whole."""
+        return self.tp if self.engine == "megatron" else 1
 
     @property
     def shards(self) -> Group:
@@ -78,8 +83,8 @@ class Layout:
         shape = list(weight.shape)
         if weight.kind == "expert":
             shape[0] = math.ceil(shape[0] / self.ep)
-        ways = self.etp if weight.kind == "expert" else self.tp
-        if weight.split is not None and (weight.kind != "shared" or self.engine == "megatron"):
+        ways = {"dense": self.tp, "shared": self.shared_ways, "expert": self.etp}[weight.kind]
+        if weight.split is not None:
             shape[weight.split] = math.ceil(shape[weight.split] / ways)
         return tuple(shape)
 

@@ -1,4 +1,4 @@
-"""Memory of the rank that needs most. Knows no torch."""
+"""Memory of the GPU that needs most. Knows no torch."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from upcycle.parallel.sizes import layer, outside
+from upcycle.parallel.sizes import layer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from upcycle.parallel.config import WorkloadConfig
     from upcycle.parallel.layout import Layout
-    from upcycle.parallel.sizes import ModelSizes, Weight
+    from upcycle.parallel.sizes import ModelSizes
+    from upcycle.parallel.step import Step
 
 BF16, FP32 = 2, 4
 ADAM = 2 * FP32
-# Logits in bfloat16, their copy in float32 and its gradient.
-LOGITS = BF16 + 2 * FP32
-# For the CUDA context, buffers of NCCL and fragmentation.
+LOGITS = BF16 + 2 * FP32  # their copy in float32 and its gradient
+# Left to the CUDA context, the buffers of NCCL, and fragmentation.
 RESERVED = 0.1
 
 
@@ -28,11 +25,11 @@ class Memory:
     """Bytes of one GPU.
 
     Attributes:
-        weights: what it keeps of them. Megatron: in bfloat16; transformers: its shard in float32.
-        gathered: transformers: two layers in bfloat16, one in use and one on its way, and a layer's gradient.
+        weights: Megatron: those of the stage, in bfloat16; transformers: a shard, in float32.
+        gathered: transformers: two layers in bfloat16, one in use and one on its way, and a layer's gradients.
         gradients: in float32.
         optimizer: AdamW's states, and Megatron's float32 weights.
-        activations: what the forward pass keeps for the backward pass, and the logits.
+        activations: what the forward pass keeps for the backward pass.
     """
 
     weights: int
@@ -46,105 +43,63 @@ class Memory:
         return self.weights + self.gathered + self.gradients + self.optimizer + self.activations
 
 
-def memory(sizes: ModelSizes, layout: Layout, workload: WorkloadConfig) -> Memory:
-    """Memory of the GPU that needs most, in the first or the last stage.
+def memory(step: Step) -> Memory:
+    """Memory of a GPU of the first or the last stage, whichever needs more.
 
-    Megatron's distributed optimizer keeps 2 + 4 bytes per parameter and shares out 12, so 6 + 12/DP; FSDP2 shares out
+    Megatron's distributed optimizer keeps 2 + 4 bytes per parameter and shards 12 over DP, so 6 + 12/DP; FSDP2 shards
     all 16.
     """
-    stages = (_stage_memory(sizes, layout, workload, last=last) for last in (False, True))
-    return max(stages, key=lambda each: each.total)
-
-
-def _stage_memory(sizes: ModelSizes, layout: Layout, workload: WorkloadConfig, *, last: bool) -> Memory:
-    weights = list(stage_weights(sizes, layout, last=last))
+    layout, weights = step.layout, list(step.stage_weights())
     whole = sum(count * math.prod(layout.split(weight)) for weight, count in weights)
     shard = sum(count * layout.sharded(weight) for weight, count in weights)
-    activations = _activations(sizes, layout, workload, last=last)
+    activations = max(_activations(step, stage=0), _activations(step, stage=layout.pp - 1))
     if layout.engine == "megatron":
-        optimizer = (FP32 + ADAM) * shard
         return Memory(
-            weights=BF16 * whole, gathered=0, gradients=FP32 * whole, optimizer=optimizer, activations=activations
+            weights=BF16 * whole,
+            gathered=0,
+            gradients=FP32 * whole,
+            optimizer=(FP32 + ADAM) * shard,
+            activations=activations,
         )
-    one = sum(math.prod(layout.split(weight)) for weight in layer(sizes, moe=True))
+    of_a_layer = sum(math.prod(layout.split(weight)) for weight in layer(step.sizes, moe=True))
     return Memory(
         weights=FP32 * shard,
-        gathered=3 * BF16 * one,
+        gathered=3 * BF16 * of_a_layer,
         gradients=FP32 * shard,
         optimizer=ADAM * shard,
         activations=activations,
     )
 
 
-def stage_layers(sizes: ModelSizes, layout: Layout) -> tuple[int, int]:
-    """Layers of a stage with experts and without, where those with experts are most."""
-    moe = math.ceil(sizes.moe_layers / layout.pp)
-    return moe, sizes.layers // layout.pp - moe
+def _activations(step: Step, *, stage: int) -> int:
+    sizes, layout = step.sizes, step.layout
+    moe, dense = (layer_activations(sizes, layout, moe=is_moe) for is_moe in (True, False))
+    kept = step.moe_layers * moe + step.dense_layers * dense
+    per_token = LOGITS * sizes.vocab / layout.tp if stage == layout.pp - 1 else 0.0
+    if step.workload.activation_checkpointing:
+        kept = (step.moe_layers + step.dense_layers) * BF16 * sizes.hidden / layout.token_ways
+        per_token += moe
+    return int(step.tokens * (per_token + _in_flight(step, stage) * kept))
 
 
-def stage_weights(sizes: ModelSizes, layout: Layout, *, last: bool) -> Iterator[tuple[Weight, int]]:
-    """The weights of the first or the last stage of the pipeline, and how often they occur."""
-    moe, dense = stage_layers(sizes, layout)
-    for weight in layer(sizes, moe=True):
-        yield weight, moe
-    for weight in layer(sizes, moe=False):
-        yield weight, dense
-    if layout.pp == 1:
-        for weight in outside(sizes):
-            yield weight, 1
-    else:
-        # Tied weights are held by both ends of a pipeline.
-        yield next(outside(sizes)), 1
-
-
-def interleaving(sizes: ModelSizes, layout: Layout, workload: WorkloadConfig) -> int:
-    """Model chunks of a stage: one per layer, where the schedule allows it (arXiv 2104.04473, 2412.09952)."""
-    return sizes.layers // layout.pp if layout.pp > 1 and micro_batches(layout, workload) % layout.pp == 0 else 1
-
-
-def micro_batches(layout: Layout, workload: WorkloadConfig) -> int:
-    """Micro-batches of a step that a rank runs."""
-    return workload.sequences // (layout.dp * workload.micro)
-
-
-def _in_flight(sizes: ModelSizes, layout: Layout, workload: WorkloadConfig, *, last: bool) -> float:
-    """Micro-batches whose activations a stage holds at once, with 1F1B, interleaved or not (arXiv 2104.04473)."""
-    count, chunks, rank = micro_batches(layout, workload), interleaving(sizes, layout, workload), 0
-    if last:
-        rank = layout.pp - 1
-    if chunks == 1:
-        return min(count, layout.pp - rank)
-    return min(count * chunks, 2 * (layout.pp - rank - 1) + (chunks - 1) * layout.pp + 1) / chunks
-
-
-def _activations(sizes: ModelSizes, layout: Layout, workload: WorkloadConfig, *, last: bool) -> int:
-    moe, dense = stage_layers(sizes, layout)
-    tokens = workload.micro * workload.sequence_length // layout.cp
-    kept = moe * layer_activations(sizes, layout, moe=True) + dense * layer_activations(sizes, layout, moe=False)
-    if workload.activation_checkpointing:
-        largest = layer_activations(sizes, layout, moe=True)
-        kept = (moe + dense) * BF16 * sizes.hidden / (layout.tp if layout.sequence_parallel else 1)
-    else:
-        largest = 0
-    logits = LOGITS * sizes.vocab / layout.tp if last or layout.pp == 1 else 0
-    in_flight = _in_flight(sizes, layout, workload, last=last)
-    return int(tokens * (in_flight * kept + largest + logits))
+def _in_flight(step: Step, stage: int) -> float:
+    """Micro-batches whose activations a stage holds at once: 1F1B, interleaved if it can be (arXiv 2104.04473)."""
+    stages, chunks = step.layout.pp, step.chunks
+    warm_up = 2 * (stages - stage - 1) + (chunks - 1) * stages if chunks > 1 else stages - stage - 1
+    return min(step.micro_batches, (warm_up + 1) / chunks)
 
 
 def layer_activations(sizes: ModelSizes, layout: Layout, *, moe: bool) -> float:
-    """Bytes per token (of a CP rank) that a layer keeps for its backward pass, in bfloat16.
+    """Bytes that a layer keeps for its backward pass, in bfloat16, per token of a CP rank.
 
-    Counted as in arXiv 2205.05198, section 4.1, without dropout and with an attention that keeps no scores. Inputs of
-    two norms, of queries, keys and values, and of the FFN: 4 times the hidden size. Queries, keys, values, and what
-    attention returns. Of the experts, for each of a token's top_k: the token sent to its expert, gate and up, their
-    product, and the output.
+    Counted as in arXiv 2205.05198, section 4, without dropout, and with an attention that keeps no scores: the inputs
+    of two norms, of attention and of the FFN; queries, keys, values, and what attention returns; gate, up, and their
+    product. For each expert of a token, its copy of the token and its output too.
     """
-    tp, matrices = layout.tp, sizes.matrices
-    sequence = tp if layout.sequence_parallel else 1
-    attention = 2 * (sizes.heads + sizes.kv_heads) * sizes.head_size / tp
-    kept = 4 * sizes.hidden / sequence + attention
+    tokens, matrices = layout.token_ways, sizes.matrices
+    kept = 4 * sizes.hidden / tokens + 2 * (sizes.heads + sizes.kv_heads) * sizes.head_size / layout.tp
     if not moe:
-        return BF16 * (kept + matrices * sizes.ffn_width / tp)
-    routed = sizes.top_k * ((layout.etp + 1) * sizes.hidden + matrices * sizes.expert_width) / tp
-    shared = matrices * sizes.shared_width / sequence
-    return BF16 * (kept + routed + shared)
+        return BF16 * (kept + matrices * sizes.ffn_width / layout.tp)
+    # ETP gathers the tokens of its ranks and splits the width.
+    routed = sizes.top_k * ((layout.etp + 1) * sizes.hidden + matrices * sizes.expert_width) / layout.tp
+    return BF16 * (kept + routed + matrices * sizes.shared_width / layout.shared_ways)

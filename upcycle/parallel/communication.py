@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["all-to-all", "all-gather", "reduce-scatter", "pipeline"]
 Behind = Literal["nothing", "micro_batch", "step"]
+KINDS: tuple[Kind, ...] = ("all-to-all", "all-gather", "reduce-scatter", "pipeline")
 
 
 @dataclass(frozen=True, kw_only=True)

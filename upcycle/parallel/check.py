@@ -30,7 +30,7 @@ def checked_layout(
 
 
 def _folding(config: FoldingConfig, sizes: ModelSizes, gpu: Gpu, nodes: int) -> Layout:
-    tp, cp, pp, etp, ep = (_degree(name, getattr(config, name) or 1) for name in ("tp", "cp", "pp", "etp", "ep"))
+    tp, cp, pp, etp, ep = (_degree(config, name, default=1) for name in ("tp", "cp", "pp", "etp", "ep"))
     world, attention, moe = nodes * gpu.gpus_per_node, tp * cp * pp, etp * ep * pp
     _check_world(math.lcm(attention, moe), gpu, nodes, "tp * cp * pp and of etp * ep * pp")
     _divides("tp", tp, "heads of keys and values", sizes.kv_heads)
@@ -39,16 +39,14 @@ def _folding(config: FoldingConfig, sizes: ModelSizes, gpu: Gpu, nodes: int) -> 
     _divides("pp", pp, "layers", sizes.layers)
     _divides("etp", etp, "width of an expert", sizes.expert_width)
     _divides("ep", ep, "experts", sizes.experts)
-    return Layout(
-        engine="megatron", tp=tp, cp=cp, dp=world // attention, pp=pp, etp=etp, ep=ep, edp=world // moe
-    )
+    return Layout(engine="megatron", tp=tp, cp=cp, dp=world // attention, pp=pp, etp=etp, ep=ep, edp=world // moe)
 
 
 def _fsdp(config: ParallelConfig, sizes: ModelSizes, gpu: Gpu, nodes: int) -> Layout:
-    tp, replicate, world = _degree("tp", config.tp), _degree("replicate", config.replicate), nodes * gpu.gpus_per_node
-    fsdp = _degree("fsdp", config.fsdp or max(1, world // (replicate * tp)))
+    tp, replicate, world = _degree(config, "tp"), _degree(config, "replicate"), nodes * gpu.gpus_per_node
+    fsdp = _degree(config, "fsdp", default=max(1, world // (replicate * tp)))
     if replicate * fsdp * tp != world:
-        _check_world(replicate * tp * (config.fsdp or 1), gpu, nodes, "replicate * fsdp * tp")
+        _check_world(replicate * fsdp * tp if config.fsdp else replicate * tp, gpu, nodes, "replicate * fsdp * tp")
         raise ConfigError(
             "the layout is smaller than the world",
             found=f"replicate {replicate} * fsdp {fsdp} * tp {tp} = {replicate * fsdp * tp} of {world} GPUs",
@@ -56,7 +54,7 @@ def _fsdp(config: ParallelConfig, sizes: ModelSizes, gpu: Gpu, nodes: int) -> La
             remedy=f"set parallel.fsdp to {world // (replicate * tp)}, or leave it out",
         )
     shards = fsdp * tp
-    ep = _degree("ep", config.ep or shards)
+    ep = _degree(config, "ep", default=shards)
     if tp > 1 and ep == 1:
         raise ConfigError(
             "transformers cannot split fused experts by TP in training",
@@ -91,10 +89,11 @@ def divisors(number: int) -> list[int]:
     return [way for way in range(1, number + 1) if number % way == 0]
 
 
-def _degree(name: str, value: int) -> int:
-    if value < 1:
+def _degree(config: ParallelConfig | FoldingConfig, name: str, default: int = 1) -> int:
+    value = getattr(config, name)
+    if value is not None and value < 1:
         raise ConfigError(f"parallel.{name} is out of range", found=value, expected="1 or more")
-    return value
+    return default if value is None else value
 
 
 def _divides(name: str, ways: int, what: str, size: int) -> None:
@@ -127,7 +126,8 @@ def _check_batch(layout: Layout, workload: WorkloadConfig) -> None:
     if layout.engine == "megatron":
         # Ring attention gives every rank a slice from either end of the sequence.
         ways = layout.tp * layout.cp * (2 if layout.cp > 1 else 1)
-        _multiple("sequence_length", workload.sequence_length, ways, f"tp {layout.tp} * cp {layout.cp}, twice with CP")
+        twice = " * 2" if layout.cp > 1 else ""
+        _multiple("sequence_length", workload.sequence_length, ways, f"tp {layout.tp} * cp {layout.cp}{twice}")
 
 
 def _multiple(name: str, value: int, of: int, product: str) -> None:

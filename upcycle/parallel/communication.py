@@ -44,10 +44,17 @@ def communication(step: Step) -> list[Traffic]:
     return [traffic for traffic in found if traffic.nbytes]
 
 
-def _both(purpose: str, gathered: float, scattered: float, group: Group, behind: Behind = "nothing") -> list[Traffic]:
+def _both(
+    gathered: str,
+    gathered_bytes: float,
+    scattered: str,
+    scattered_bytes: float,
+    group: Group,
+    behind: Behind = "nothing",
+) -> list[Traffic]:
     return [
-        Traffic(kind="all-gather", purpose=purpose, nbytes=gathered, group=group, behind=behind),
-        Traffic(kind="reduce-scatter", purpose=purpose, nbytes=scattered, group=group, behind=behind),
+        Traffic(kind="all-gather", purpose=gathered, nbytes=gathered_bytes, group=group, behind=behind),
+        Traffic(kind="reduce-scatter", purpose=scattered, nbytes=scattered_bytes, group=group, behind=behind),
     ]
 
 
@@ -63,7 +70,7 @@ def _experts(step: Step) -> Iterator[Traffic]:
         group=Group(size=layout.ep, stride=layout.etp),
     )
     volume = passes * once * (layout.etp - 1)
-    yield from _both("tokens within ETP", volume, volume, Group(size=layout.etp))
+    yield from _both("tokens within ETP", volume, "outputs within ETP", volume, Group(size=layout.etp))
 
 
 def _tensor(step: Step) -> Iterator[Traffic]:
@@ -80,7 +87,8 @@ def _tensor(step: Step) -> Iterator[Traffic]:
         scatters = (2 + again) * blocks
         gathers = scatters + (2 + again) * step.moe_layers
     once = step.micro_batches * step.tokens / layout.tp * (layout.tp - 1) * sizes.hidden * BF16
-    yield from _both("activations within TP", gathers * once, scatters * once, Group(size=layout.tp))
+    purpose = "activations within TP"
+    yield from _both(purpose, gathers * once, purpose, scatters * once, Group(size=layout.tp))
 
 
 def _context(step: Step) -> Iterator[Traffic]:
@@ -90,7 +98,7 @@ def _context(step: Step) -> Iterator[Traffic]:
     pairs = 2 * sizes.kv_heads * sizes.head_size / layout.tp * BF16
     once = step.micro_batches * layers * step.tokens * pairs * (layout.cp - 1)
     group = Group(size=layout.cp, stride=layout.tp)
-    yield from _both("keys and values within CP", passes * once, once, group, "step")
+    yield from _both("keys and values", passes * once, "gradients of keys and values", once, group, "step")
 
 
 def _pipeline(step: Step) -> Iterator[Traffic]:
@@ -106,18 +114,16 @@ def _pipeline(step: Step) -> Iterator[Traffic]:
 def _states(step: Step) -> Iterator[Traffic]:
     """Weights in bfloat16 and gradients in float32, between the ranks that shard the states."""
     layout = step.layout
-    for purpose, experts, group in (
-        ("weights and gradients of experts", True, layout.expert_shards),
-        ("other weights and gradients", False, layout.shards),
-    ):
+    for of, experts, group in (("experts", True, layout.expert_shards), ("the rest", False, layout.shards)):
         weights = [each for each in step.stage_weights() if (each[0].kind == "expert") == experts]
         whole = sum(count * math.prod(layout.split(weight)) for weight, count in weights)
         share = whole * (group.size - 1) / group.size
+        names = f"weights of {of}", f"gradients of {of}"
         if layout.engine == "megatron":
-            yield from _both(purpose, BF16 * share, FP32 * share, group, "micro_batch")
+            yield from _both(names[0], BF16 * share, names[1], FP32 * share, group, "micro_batch")
         else:
-            every = step.micro_batches  # gathered for the forward and the backward pass of each
-            yield from _both(purpose, 2 * every * BF16 * share, every * FP32 * share, group, "step")
-            replicas = layout.replicas
+            every = step.micro_batches  # and gathered for its forward and its backward pass
+            yield from _both(names[0], 2 * every * BF16 * share, names[1], every * FP32 * share, group, "step")
+            replicas, summed = layout.replicas, f"{names[1]}, replicas"
             reduced = every * FP32 * whole / group.size * (replicas.size - 1) / replicas.size
-            yield from _both(f"{purpose}, replicas", reduced, reduced, replicas, "step")
+            yield from _both(summed, reduced, summed, reduced, replicas, "step")

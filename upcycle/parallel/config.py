@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Discriminator, Tag
 
 from upcycle.config import STRICT, ConversionConfig
+from upcycle.parallel.gpu import Gpu, GpuFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,3 +73,38 @@ class WorkloadConfig:
     micro: int
     sequence_length: int
     activation_checkpointing: bool
+
+
+def _parallel_kind(plain: Any) -> str:
+    return "folding" if "pp" in plain else "fsdp"
+
+
+def _gpu_kind(plain: Any) -> str:
+    return "file" if "file" in plain else "gpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(ConversionConfig):
+    """`upcycle plan`.
+
+    Attributes:
+        format: table or json.
+        parallel: plan a training step too, in this layout.
+        gpu: what it would run on.
+        nodes: of `gpu.gpus_per_node` GPUs.
+        search: rank the layouts that fit, trying every degree of `parallel` that is null.
+        workload: the training step.
+    """
+
+    format: str
+    parallel: (
+        Annotated[
+            Annotated[ParallelConfig, Tag("fsdp")] | Annotated[FoldingConfig, Tag("folding")],
+            Discriminator(_parallel_kind),
+        ]
+        | None
+    )
+    gpu: Annotated[Annotated[Gpu, Tag("gpu")] | Annotated[GpuFile, Tag("file")], Discriminator(_gpu_kind)]
+    nodes: int
+    search: bool
+    workload: WorkloadConfig

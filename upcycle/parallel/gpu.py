@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+from yaml import YAMLError
+
 from upcycle.config import STRICT
+from upcycle.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """`gpu=h100`, `gpu=FILE`: peaks as the vendor states them, one direction for links.
+    """`gpu=h100`: peaks as the vendor states them, links in one direction.
 
     Attributes:
         name: what it is called.
@@ -34,6 +41,15 @@ class Gpu:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GpuFile:
+    """`gpu=FILE`: a YAML file with the fields of `Gpu`."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
+
+    file: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Group:
     """Ranks that communicate: `size` of them, `stride` apart."""
 
@@ -44,3 +60,37 @@ class Group:
         """Members that share a node."""
         return max(1, min(self.size, gpu.gpus_per_node // self.stride))
 
+
+def checked_gpu(given: Gpu | GpuFile) -> Gpu:
+    """The GPU that was asked for.
+
+    Raises:
+        ConfigError: its file cannot be read, or a figure is missing, unknown or not positive.
+    """
+    gpu = given if isinstance(given, Gpu) else _read(given.file)
+    for name in (field.name for field in fields(gpu) if field.name != "name"):
+        if getattr(gpu, name) <= 0:
+            raise ConfigError(f"gpu.{name} is out of range", found=getattr(gpu, name), expected="more than 0")
+    return gpu
+
+
+def _read(file: str) -> Gpu:
+    names = ", ".join(field.name for field in fields(Gpu))
+    try:
+        plain: Any = OmegaConf.to_container(OmegaConf.load(os.path.expanduser(file)), resolve=True)
+        return TypeAdapter(Gpu).validate_python(plain)
+    except FileNotFoundError as error:
+        raise ConfigError("the file of the GPU does not exist", found=file, expected="a YAML file") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(
+            "the file does not describe a GPU",
+            found=f"{file}: {where}: {first['msg']}",
+            expected=names,
+            remedy="start from conf/gpu/h100.yaml",
+        ) from error
+    except (YAMLError, OmegaConfBaseException, OSError) as error:
+        raise ConfigError(
+            "the file of the GPU cannot be read", found=f"{file}: {str(error).splitlines()[0]}", expected="a YAML file"
+        ) from error

@@ -1,4 +1,4 @@
-"""Every layout that fits, best first. Knows no torch."""
+"""Every layout that fits, best first; and where one does, when none does. Knows no torch."""
 
 from __future__ import annotations
 
@@ -21,8 +21,40 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be planned.
+
+    Attributes:
+        parallel: the layout; what is null follows, or is searched.
+        sizes: of the model.
+        workload: the training step.
+        gpu, nodes: what it runs on.
+    """
+
+    parallel: ParallelConfig | FoldingConfig
+    sizes: ModelSizes
+    workload: WorkloadConfig
+    gpu: Gpu
+    nodes: int
+
+    def step(self) -> Step:
+        """The step in the layout that was asked for.
+
+        Raises:
+            ConfigError: the layout does not fit the world, the model or the batch.
+        """
+        layout = checked_layout(self.parallel, self.sizes, self.workload, self.gpu, self.nodes)
+        return Step(sizes=self.sizes, layout=layout, workload=self.workload)
+
+    @property
+    def usable_memory(self) -> float:
+        """Bytes of a GPU that a layout may need."""
+        return (1 - RESERVED) * self.gpu.memory
+
+
+@dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A layout with what it needs and takes."""
+    """A step with what it needs and takes."""
 
     step: Step
     memory: Memory
@@ -30,34 +62,40 @@ class Candidate:
 
 
 def candidate(step: Step, gpu: Gpu) -> Candidate:
-    """Count memory and time of a layout."""
+    """Count memory and time of a step."""
     return Candidate(step=step, memory=memory(step), estimate=estimate(step, gpu))
 
 
-def usable_memory(gpu: Gpu) -> float:
-    """Bytes of a GPU that a layout may need."""
-    return (1 - RESERVED) * gpu.memory
+def search(request: Request) -> list[Candidate]:
+    """Every layout that fits in memory, the fastest first; what is given is kept, what is null is tried.
+
+    Raises:
+        ConfigError: none fits.
+    """
+    nodes, possible = request.nodes, list(_possible(request))
+    larger = sorted({2**power for power in range(12)} | {nodes * 2**power for power in range(6)})
+    larger = [number for number in larger if number > nodes]
+    fitting = [step for step in possible if memory(step).total <= request.usable_memory]
+    if not possible:
+        raise ConfigError(
+            "no layout fits the number of GPUs",
+            found=f"{nodes} nodes * {request.gpu.gpus_per_node} GPUs",
+            expected="a number that the model's sizes, the batch and what is given of parallel divide",
+            remedy=_other_nodes(request, [*range(nodes - 1, 0, -1)], [*range(nodes + 1, 2 * nodes + 1), *larger]),
+        )
+    if not fitting:
+        least = min(memory(step).total for step in possible)
+        raise ConfigError(
+            "no layout fits in memory",
+            found=f"{least / 1e9:.1f} GB per GPU at least, on {nodes} nodes",
+            expected=f"at most {request.usable_memory / 1e9:.1f} GB of {request.gpu.name}",
+            remedy=_other_nodes(request, [], larger),
+        )
+    return sorted((candidate(step, request.gpu) for step in fitting), key=lambda each: each.estimate.seconds)
 
 
-def search(
-    config: ParallelConfig | FoldingConfig, sizes: ModelSizes, workload: WorkloadConfig, gpu: Gpu, nodes: int
-) -> list[Candidate]:
-    """Every layout that fits in memory, the fastest first; what the options give is kept, what is null is tried."""
-    found = []
-    for option in _options(config, sizes, gpu, nodes):
-        try:
-            layout = checked_layout(option, sizes, workload, gpu, nodes)
-        except ConfigError:
-            continue
-        step = Step(sizes=sizes, layout=layout, workload=workload)
-        if memory(step).total <= usable_memory(gpu):
-            found.append(candidate(step, gpu))
-    return sorted(found, key=lambda each: each.estimate.seconds)
-
-
-def _options(
-    config: ParallelConfig | FoldingConfig, sizes: ModelSizes, gpu: Gpu, nodes: int
-) -> Iterator[ParallelConfig | FoldingConfig]:
+def _possible(request: Request) -> Iterator[Step]:
+    nodes, gpu, sizes = request.nodes, request.gpu, request.sizes
     tried: dict[str, Sequence[int | None]] = {
         "fsdp": [None],  # follows from the world
         "tp": divisors(gpu.gpus_per_node),
@@ -66,6 +104,22 @@ def _options(
         "etp": divisors(gpu.gpus_per_node),
         "ep": divisors(sizes.experts),
     }
-    free = [field.name for field in fields(config) if getattr(config, field.name) is None]
+    given = request.parallel
+    free = [field.name for field in fields(given) if getattr(given, field.name) is None]
     for degrees in itertools.product(*(tried[name] for name in free)):
-        yield replace(config, **dict(zip(free, degrees, strict=True)))
+        try:
+            yield replace(request, parallel=replace(given, **dict(zip(free, degrees, strict=True)))).step()
+        except ConfigError:
+            continue
+
+
+def _other_nodes(request: Request, below: Sequence[int], above: Sequence[int]) -> str | None:
+    """The nearest numbers of nodes on which a layout fits."""
+
+    def fits(nodes: int) -> bool:
+        there = replace(request, nodes=nodes)
+        return any(memory(step).total <= there.usable_memory for step in _possible(there))
+
+    nearest = [next((nodes for nodes in side if fits(nodes)), None) for side in (below, above)]
+    found = [str(nodes) for nodes in nearest if nodes]
+    return f"set nodes to {' or '.join(found)}" if found else None

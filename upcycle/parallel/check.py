@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from upcycle.errors import ConfigError, nearest
@@ -23,14 +24,15 @@ def checked_layout(
     Raises:
         ConfigError: it fits the world, the model or the batch not.
     """
-    make = _folding if isinstance(config, FoldingConfig) else _fsdp
-    layout = make(config, sizes, gpu, nodes)  # type: ignore[arg-type]
+    check_ranges(config, workload)
+    folded = isinstance(config, FoldingConfig)
+    layout = _folding(config, sizes, gpu, nodes) if folded else _fsdp(config, sizes, gpu, nodes)
     _check_batch(layout, workload)
     return layout
 
 
 def _folding(config: FoldingConfig, sizes: ModelSizes, gpu: Gpu, nodes: int) -> Layout:
-    tp, cp, pp, etp, ep = (_degree(config, name, default=1) for name in ("tp", "cp", "pp", "etp", "ep"))
+    tp, cp, pp, etp, ep = (getattr(config, name) or 1 for name in ("tp", "cp", "pp", "etp", "ep"))
     world, attention, moe = nodes * gpu.gpus_per_node, tp * cp * pp, etp * ep * pp
     _check_world(math.lcm(attention, moe), gpu, nodes, "tp * cp * pp and of etp * ep * pp")
     _divides("tp", tp, "heads of keys and values", sizes.kv_heads)
@@ -43,10 +45,10 @@ def _folding(config: FoldingConfig, sizes: ModelSizes, gpu: Gpu, nodes: int) -> 
 
 
 def _fsdp(config: ParallelConfig, sizes: ModelSizes, gpu: Gpu, nodes: int) -> Layout:
-    tp, replicate, world = _degree(config, "tp"), _degree(config, "replicate"), nodes * gpu.gpus_per_node
-    fsdp = _degree(config, "fsdp", default=max(1, world // (replicate * tp)))
+    tp, replicate, world = config.tp, config.replicate, nodes * gpu.gpus_per_node
+    fsdp = config.fsdp or max(1, world // (replicate * tp))
     if replicate * fsdp * tp != world:
-        _check_world(replicate * fsdp * tp if config.fsdp else replicate * tp, gpu, nodes, "replicate * fsdp * tp")
+        _check_world(replicate * (config.fsdp or 1) * tp, gpu, nodes, "replicate * fsdp * tp")
         raise ConfigError(
             "the layout is smaller than the world",
             found=f"replicate {replicate} * fsdp {fsdp} * tp {tp} = {replicate * fsdp * tp} of {world} GPUs",
@@ -54,7 +56,7 @@ def _fsdp(config: ParallelConfig, sizes: ModelSizes, gpu: Gpu, nodes: int) -> La
             remedy=f"set parallel.fsdp to {world // (replicate * tp)}, or leave it out",
         )
     shards = fsdp * tp
-    ep = _degree(config, "ep", default=shards)
+    ep = config.ep or shards
     if tp > 1 and ep == 1:
         raise ConfigError(
             "transformers cannot split fused experts by TP in training",
@@ -89,11 +91,17 @@ def divisors(number: int) -> list[int]:
     return [way for way in range(1, number + 1) if number % way == 0]
 
 
-def _degree(config: ParallelConfig | FoldingConfig, name: str, default: int = 1) -> int:
-    value = getattr(config, name)
-    if value is not None and value < 1:
-        raise ConfigError(f"parallel.{name} is out of range", found=value, expected="1 or more")
-    return default if value is None else value
+def check_ranges(config: ParallelConfig | FoldingConfig, workload: WorkloadConfig) -> None:
+    """Check that every degree and size is positive.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for group, options in (("parallel", config), ("workload", workload)):
+        for name in (field.name for field in fields(options)):
+            value = getattr(options, name)
+            if value is not None and not isinstance(value, bool) and value < 1:
+                raise ConfigError(f"{group}.{name} is out of range", found=value, expected="1 or more")
 
 
 def _divides(name: str, ways: int, what: str, size: int) -> None:
@@ -118,9 +126,6 @@ def _check_world(unit: int, gpu: Gpu, nodes: int, product: str) -> None:
 
 
 def _check_batch(layout: Layout, workload: WorkloadConfig) -> None:
-    for name in ("sequences", "micro", "sequence_length"):
-        if getattr(workload, name) < 1:
-            raise ConfigError(f"workload.{name} is out of range", found=getattr(workload, name), expected="1 or more")
     ranks = layout.dp * workload.micro
     _multiple("sequences", workload.sequences, ranks, f"dp {layout.dp} * micro {workload.micro}")
     if layout.engine == "megatron":

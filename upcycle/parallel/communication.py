@@ -74,7 +74,7 @@ def _experts(step: Step) -> Iterator[Traffic]:
 
 
 def _tensor(step: Step) -> Iterator[Traffic]:
-    """Around the matrices that TP splits (arXiv 2205.05198, section 4.2.2; transformers without sequence parallelism)."""
+    """Around what TP splits (arXiv 2205.05198, section 4.2.2); without sequence parallelism in transformers."""
     sizes, layout = step.sizes, step.layout
     again = 1 if step.workload.activation_checkpointing else 0
     blocks = step.moe_layers + 2 * step.dense_layers

@@ -6,10 +6,10 @@ import os
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
-from yaml import YAMLError
 
 from upcycle.config import STRICT
 from upcycle.errors import ConfigError
@@ -90,7 +90,7 @@ def _read(file: str) -> Gpu:
             expected=names,
             remedy="start from conf/gpu/h100.yaml",
         ) from error
-    except (YAMLError, OmegaConfBaseException, OSError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
         raise ConfigError(
             "the file of the GPU cannot be read", found=f"{file}: {str(error).splitlines()[0]}", expected="a YAML file"
         ) from error

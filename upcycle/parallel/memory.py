@@ -94,12 +94,15 @@ def layer_activations(sizes: ModelSizes, layout: Layout, *, moe: bool) -> float:
 
     Counted as in arXiv 2205.05198, section 4, without dropout, and with an attention that keeps no scores: the inputs
     of two norms, of attention and of the FFN; queries, keys, values, and what attention returns; gate, up, and their
-    product. For each expert of a token, its copy of the token and its output too.
+    product. For each expert of a token, its copy of the token and its output too. The kernels of transformers are not
+    fused: a norm keeps a float32 copy and the normalised input, an FFN its activated gate.
     """
-    tokens, matrices = layout.token_ways, sizes.matrices
-    kept = 4 * sizes.hidden / tokens + 2 * (sizes.heads + sizes.kv_heads) * sizes.head_size / layout.tp
+    fused = layout.engine == "megatron"
+    hidden, width = (4, sizes.matrices) if fused else (8, sizes.matrices + 1)
+    kept = hidden * sizes.hidden / layout.token_ways
+    kept += 2 * (sizes.heads + sizes.kv_heads) * sizes.head_size / layout.tp
     if not moe:
-        return BF16 * (kept + matrices * sizes.ffn_width / layout.tp)
+        return BF16 * (kept + width * sizes.ffn_width / layout.tp)
     # ETP gathers the tokens of its ranks and splits the width.
-    routed = sizes.top_k * ((layout.etp + 1) * sizes.hidden + matrices * sizes.expert_width) / layout.tp
-    return BF16 * (kept + routed + matrices * sizes.shared_width / layout.shared_ways)
+    routed = sizes.top_k * ((layout.etp + 1) * sizes.hidden + width * sizes.expert_width) / layout.tp
+    return BF16 * (kept + routed + width * sizes.shared_width / layout.shared_ways)

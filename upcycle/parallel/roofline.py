@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from upcycle.parallel.communication import KINDS, Traffic, communication
+from upcycle.parallel.communication import KINDS, Kind, Traffic, communication
 from upcycle.parallel.compute import TRAINING_PASSES, Compute, compute
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Estimate:
     """
 
     compute: Compute
-    exposed: Mapping[str, float]
+    exposed: Mapping[Kind, float]
     bubble: float
     mfu: float
 

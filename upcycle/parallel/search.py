@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import ConfigError
-from upcycle.parallel.check import checked_layout, divisors
+from upcycle.parallel.check import check_ranges, checked_layout, divisors
 from upcycle.parallel.memory import RESERVED, Memory, memory
 from upcycle.parallel.roofline import Estimate, estimate
 from upcycle.parallel.step import Step
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from upcycle.parallel.config import FoldingConfig, ParallelConfig, WorkloadConfig
     from upcycle.parallel.gpu import Gpu
     from upcycle.parallel.sizes import ModelSizes
+
+LARGER = [2**power for power in range(10)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,18 +72,17 @@ def search(request: Request) -> list[Candidate]:
     """Every layout that fits in memory, the fastest first; what is given is kept, what is null is tried.
 
     Raises:
-        ConfigError: none fits.
+        ConfigError: none fits, or what is given cannot.
     """
+    check_ranges(request.parallel, request.workload)
     nodes, possible = request.nodes, list(_possible(request))
-    larger = sorted({2**power for power in range(12)} | {nodes * 2**power for power in range(6)})
-    larger = [number for number in larger if number > nodes]
     fitting = [step for step in possible if memory(step).total <= request.usable_memory]
     if not possible:
         raise ConfigError(
             "no layout fits the number of GPUs",
             found=f"{nodes} nodes * {request.gpu.gpus_per_node} GPUs",
             expected="a number that the model's sizes, the batch and what is given of parallel divide",
-            remedy=_other_nodes(request, [*range(nodes - 1, 0, -1)], [*range(nodes + 1, 2 * nodes + 1), *larger]),
+            remedy=_other_nodes(request, range(nodes - 1, 0, -1), [*range(nodes + 1, 2 * nodes), *_larger(nodes)]),
         )
     if not fitting:
         least = min(memory(step).total for step in possible)
@@ -89,14 +90,14 @@ def search(request: Request) -> list[Candidate]:
             "no layout fits in memory",
             found=f"{least / 1e9:.1f} GB per GPU at least, on {nodes} nodes",
             expected=f"at most {request.usable_memory / 1e9:.1f} GB of {request.gpu.name}",
-            remedy=_other_nodes(request, [], larger),
+            remedy=_other_nodes(request, [], _larger(nodes)),
         )
     return sorted((candidate(step, request.gpu) for step in fitting), key=lambda each: each.estimate.seconds)
 
 
 def _possible(request: Request) -> Iterator[Step]:
     nodes, gpu, sizes = request.nodes, request.gpu, request.sizes
-    tried: dict[str, Sequence[int | None]] = {
+    tried: dict[str, Any] = {
         "fsdp": [None],  # follows from the world
         "tp": divisors(gpu.gpus_per_node),
         "cp": divisors(nodes * gpu.gpus_per_node),
@@ -108,9 +109,15 @@ def _possible(request: Request) -> Iterator[Step]:
     free = [field.name for field in fields(given) if getattr(given, field.name) is None]
     for degrees in itertools.product(*(tried[name] for name in free)):
         try:
-            yield replace(request, parallel=replace(given, **dict(zip(free, degrees, strict=True)))).step()
+            chosen = dict[str, Any](zip(free, degrees, strict=True))
+            yield replace(request, parallel=replace(given, **chosen)).step()
         except ConfigError:
             continue
+
+
+def _larger(nodes: int) -> list[int]:
+    """Powers of two, and multiples by them, beyond a number of nodes."""
+    return sorted(each for each in {*LARGER, *(nodes * power for power in LARGER)} if each > nodes)
 
 
 def _other_nodes(request: Request, below: Sequence[int], above: Sequence[int]) -> str | None:

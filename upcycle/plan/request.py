@@ -154,4 +154,3 @@ def _choice(name: str, value: str, known: Sequence[str], also: str = "") -> None
         raise ConfigError(
             f"unknown value for {name}", found=value, expected=expected, remedy=did_you_mean(value, known)
         )
-

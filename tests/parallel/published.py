@@ -60,9 +60,7 @@ def gpu(name: str) -> Gpu:
 
 
 def workload(sequences: int = 256, micro: int = 1, length: int = 4096, *, recompute: bool = False) -> WorkloadConfig:
-    return WorkloadConfig(
-        sequences=sequences, micro=micro, sequence_length=length, activation_checkpointing=recompute
-    )
+    return WorkloadConfig(sequences=sequences, micro=micro, sequence_length=length, activation_checkpointing=recompute)
 
 
 def folding(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from published import MODELS, RUNS, folding, gpu, workload
+from published import MODELS, RUNS, workload
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from upcycle.parallel.layout import Layout
@@ -14,7 +14,6 @@ from upcycle.parallel.memory import layer_activations, memory
 from upcycle.parallel.sizes import ModelSizes
 from upcycle.parallel.step import Step
 
-GB = 1e9
 MIXTRAL = next(run for run in RUNS if run.model == "Mixtral 8x22B" and run.best)
 STEP = MIXTRAL.request(MIXTRAL.folding).step()
 E8T2 = MODELS["Llama 3 8B E8T2"]
@@ -37,7 +36,7 @@ def test_states_are_those_of_megatrons_distributed_optimizer():
 
 
 def test_every_published_run_fits_in_its_gpus():
-    """80 GiB, which is 85.9 GB; but for the fine-grained Mixtral with TP2 and ETP2, which comes out at 83 GB."""
+    """80 GiB; two runs of the unfolded baseline need more than the share of 80 GB that planning allows."""
     for run in RUNS:
         assert memory(run.request(run.folding).step()).total < 80 * 2**30, run
 

@@ -10,8 +10,14 @@ import torch
 import torch.distributed as dist
 from published import gpu, workload
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from transformers.distributed import DistributedConfig
 
 from upcycle.parallel.check import checked_layout

@@ -13,7 +13,7 @@ from upcycle.parallel.sizes import conversion_sizes
 from upcycle.prepare import prepare
 
 # What is left out of the others: biases, norms over all heads, and learned positions.
-EXACT = {"llama", "mistral", "qwen2", "qwen3", "olmo", "gemma", "gemma2", "gemma3", "phi3"}
+EXACT = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3"}
 REQUESTS = {
     "plain": {},
     "shared experts, one dense layer": {"shared_experts": 2, "layers": [1]},
@@ -43,7 +43,12 @@ def test_a_wrong_size_is_noticed(dense, tmp_path, change):
 
 @pytest.mark.parametrize(
     ("name", "billions", "active"),
-    [("Mixtral 8x22B", 141, 39), ("Mixtral 8x22B-G8T8", 141, 22), ("Qwen2-57B-A14B", 57, 14), ("Llama3-8x70B", 465, 127)],
+    [
+        ("Mixtral 8x22B", 141, 39),
+        ("Mixtral 8x22B-G8T8", 141, 22),
+        ("Qwen2-57B-A14B", 57, 14),
+        ("Llama3-8x70B", 465, 127),
+    ],
 )
 def test_published_models_have_their_parameters(name, billions, active):
     sizes = MODELS[name]
@@ -52,7 +57,7 @@ def test_published_models_have_their_parameters(name, billions, active):
 
 
 def test_flops_of_llama_3_as_published():
-    """2412.09952, table 1: 7.5e14 for a sequence of 8,192 tokens, forward and backward, and 1.6 times the dense model."""
+    """2412.09952, table 1: of a sequence of 8,192 tokens, forward and backward; MoE 1.6 times the dense model."""
     moe = MODELS["Llama 3 8B E8T2"]
     dense = replace(moe, moe_layers=0)
     flops = [3 * 8192 * sizes.forward_flops(sequence_length=8192) for sizes in (dense, moe)]

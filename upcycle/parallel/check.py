@@ -119,7 +119,7 @@ def _check_world(unit: int, gpu: Gpu, nodes: int, product: str) -> None:
     if world % unit:
         raise ConfigError(
             "the layout does not fit the number of GPUs",
-            found=f"{nodes} nodes * {gpu.gpus_per_node} = {world} GPUs",
+            found=f"nodes {nodes} * {gpu.gpus_per_node} = {world} GPUs",
             expected=f"a multiple of {product}, here {unit}",
             remedy=f"set nodes to {nearest(nodes, range(step, nodes + step + 1, step))}",
         )

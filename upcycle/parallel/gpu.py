@@ -83,10 +83,10 @@ def _read(file: str) -> Gpu:
         raise ConfigError("the file of the GPU does not exist", found=file, expected="a YAML file") from error
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = "".join(f"{part}: " for part in first["loc"])
         raise ConfigError(
             "the file does not describe a GPU",
-            found=f"{file}: {where}: {first['msg']}",
+            found=f"{file}: {where}{first['msg']}",
             expected=names,
             remedy="start from conf/gpu/h100.yaml",
         ) from error

@@ -55,7 +55,7 @@ def _summary(planned: Planned) -> Table:
     table = Table(box=box.SIMPLE, show_header=False, title=step.layout.name)
     rows = [
         ("engine", "Megatron-Core" if step.layout.engine == "megatron" else "transformers: FSDP2 x TP x EP"),
-        ("GPUs", f"{step.layout.world} {request.gpu.name} in {request.nodes} nodes"),
+        ("GPUs", f"{step.layout.world} {request.gpu.name}, {request.gpu.gpus_per_node} in a node"),
         ("step", f"{workload.sequences} sequences of {workload.sequence_length} tokens"),
         ("rank", f"{step.micro_batches} micro-batches of {workload.micro}{chunks}"),
         (

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from upcycle.parallel.gpu import Gpu
     from upcycle.parallel.sizes import ModelSizes
 
-LARGER = [2**power for power in range(10)]
+LARGER = [2**power for power in range(8)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def search(request: Request) -> list[Candidate]:
     if not possible:
         raise ConfigError(
             "no layout fits the number of GPUs",
-            found=f"{nodes} nodes * {request.gpu.gpus_per_node} GPUs",
+            found=f"nodes {nodes} * {request.gpu.gpus_per_node} = {nodes * request.gpu.gpus_per_node} GPUs",
             expected="a number that the model's sizes, the batch and what is given of parallel divide",
             remedy=_other_nodes(request, range(nodes - 1, 0, -1), [*range(nodes + 1, 2 * nodes), *_larger(nodes)]),
         )
@@ -88,7 +88,7 @@ def search(request: Request) -> list[Candidate]:
         least = min(memory(step).total for step in possible)
         raise ConfigError(
             "no layout fits in memory",
-            found=f"{least / 1e9:.1f} GB per GPU at least, on {nodes} nodes",
+            found=f"{least / 1e9:.1f} GB per GPU at least, with nodes {nodes}",
             expected=f"at most {request.usable_memory / 1e9:.1f} GB of {request.gpu.name}",
             remedy=_other_nodes(request, [], _larger(nodes)),
         )

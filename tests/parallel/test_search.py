@@ -1,4 +1,4 @@
-"""The search: published foldings come out on top, everything in it is possible, and nothing is said without a remedy."""
+"""The search: published foldings come out on top, candidates are possible, and refusals name a remedy."""
 
 from __future__ import annotations
 

@@ -75,12 +75,12 @@ def ranks() -> str:
     rows = ["| model | GPUs | best published | rank among all | rank with its CP | MFU of it, of the first |"]
     rows += ["|---|---|---|---|---|---|"]
     for run in (run for run in RUNS if run.best):
-        layout, places = run.request(run.folding).step().layout, []
-        for parallel in (folding(), folding(cp=run.folding.cp)):
-            found = search(run.request(parallel))
-            places.append(f"{[each.step.layout for each in found].index(layout) + 1} of {len(found)}")
-            first = 100 * (search(run.request(folding()))[0].estimate.mfu)
-        cells = (run.model, run.gpus, degrees(run), *places, f"{estimated(run):.1f}, {first:.1f}")
+        layout, found = run.request(run.folding).step().layout, search(run.request(folding()))
+        every = [each.step.layout for each in found]
+        same = [other for other in every if other.cp == layout.cp]
+        places = (f"{some.index(layout) + 1} of {len(some)}" for some in (every, same))
+        mfu = f"{estimated(run):.1f}, {100 * found[0].estimate.mfu:.1f}"
+        cells = (run.model, run.gpus, degrees(run), *places, mfu)
         rows.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(rows) + "\n"
 

@@ -33,8 +33,8 @@ def test_by_hand():
     assert found["reduce-scatter", "activations within TP"] == 2 * activations
     assert found["pipeline", "activations between stages"] == 2 * activations
     experts = LAYERS * 3 * HIDDEN * 16384
-    assert found["all-gather", "weights of experts"] == 2 * experts / 2
-    assert found["reduce-scatter", "gradients of experts"] == 4 * experts / 2
+    assert found["all-gather", "expert weights"] == 2 * experts / 2
+    assert found["reduce-scatter", "expert gradients"] == 4 * experts / 2
     assert {kind for kind, _ in found} == set(KINDS)
 
 
@@ -84,8 +84,8 @@ def test_transformers_gathers_weights_for_every_pass():
     step = Step(sizes=STEP.sizes, layout=layout, workload=workload(32))
     found = sent(step)
     experts = 56 * 8 * 3 * HIDDEN * 16384 / 4 / 2
-    assert found["all-gather", "weights of experts"] == 4 * 2 * 2 * experts
-    assert found["reduce-scatter", "gradients of experts"] == 4 * 4 * experts
+    assert found["all-gather", "expert weights"] == 4 * 2 * 2 * experts
+    assert found["reduce-scatter", "expert gradients"] == 4 * 4 * experts
     assert not any("replicas" in purpose for _, purpose in found)
 
 
@@ -95,7 +95,7 @@ def test_hsdp_sums_the_gradients_of_shards_over_replicas():
     found = sent(step)
     shard = 56 * 8 * 3 * HIDDEN * 16384 / 4 / 2
     for kind in ("all-gather", "reduce-scatter"):
-        assert found[kind, "gradients of experts, replicas"] == pytest.approx(4 * shard / 2)
+        assert found[kind, "expert gradients, replicas"] == pytest.approx(4 * shard / 2)
 
 
 def test_transformers_reduces_activations_without_sequence_parallelism():

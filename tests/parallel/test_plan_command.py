@@ -70,7 +70,7 @@ def test_a_folding(upcycle, monkeypatch, dense_mixtral):
         "128 h100, 8 in a node",
         "memory per GPU: fits in 72.0 GB",
         "tokens to experts and back",
-        "one micro-batch",
+        "a micro-batch",
         "pipeline bubble",
         "MFU 49.3%",
         "estimates",

@@ -114,11 +114,11 @@ def _pipeline(step: Step) -> Iterator[Traffic]:
 def _states(step: Step) -> Iterator[Traffic]:
     """Weights in bfloat16 and gradients in float32, between the ranks that shard the states."""
     layout = step.layout
-    for of, experts, group in (("experts", True, layout.expert_shards), ("the rest", False, layout.shards)):
+    for of, experts, group in (("expert", True, layout.expert_shards), ("other", False, layout.shards)):
         weights = [each for each in step.stage_weights() if (each[0].kind == "expert") == experts]
         whole = sum(count * math.prod(layout.split(weight)) for weight, count in weights)
         share = whole * (group.size - 1) / group.size
-        names = f"weights of {of}", f"gradients of {of}"
+        names = f"{of} weights", f"{of} gradients"
         if layout.engine == "megatron":
             yield from _both(names[0], BF16 * share, names[1], FP32 * share, group, "micro_batch")
         else:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from upcycle.parallel.search import Candidate
 
 SHOWN = 10
-BEHIND = {"nothing": "nothing", "micro_batch": "one micro-batch", "step": "the step"}
+BEHIND = {"nothing": "nothing", "micro_batch": "a micro-batch", "step": "the step"}
 
 
 def planned_table(planned: Planned) -> RenderableType:
@@ -41,7 +41,7 @@ def _ranking(planned: Planned) -> Table:
             f"{each.memory.total / 1e9:.1f}",
             f"{sum(estimate.exposed.values()) / estimate.seconds:.1%}",
             f"{estimate.bubble / estimate.seconds:.1%}",
-            f"{estimate.seconds:.3g}",
+            _short(estimate.seconds),
             f"{estimate.mfu:.1%}",
         )
     return table
@@ -60,7 +60,7 @@ def _summary(planned: Planned) -> Table:
         ("rank", f"{step.micro_batches} micro-batches of {workload.micro}{chunks}"),
         (
             "estimate",
-            f"{estimate.seconds:.3g} s per step, {tokens / estimate.seconds:,.0f} tokens/s, MFU {estimate.mfu:.1%}",
+            f"{_short(estimate.seconds)} s per step, {tokens / estimate.seconds:,.0f} tokens/s, MFU {estimate.mfu:.1%}",
         ),
     ]
     for row in rows:
@@ -87,9 +87,9 @@ def _communication(planned: Planned) -> Table:
     found = communication(step)
     for traffic in sorted(found, key=lambda each: KINDS.index(each.kind)):
         local = traffic.group.in_a_node(gpu)
-        ranks = f"{traffic.group.size}" if local == traffic.group.size else f"{traffic.group.size}, {local} in a node"
-        took = f"{seconds(traffic, gpu):.3g}"
-        table.add_row(traffic.kind, traffic.purpose, ranks, f"{traffic.nbytes / 1e9:.3g}", took, BEHIND[traffic.behind])
+        ranks = f"{traffic.group.size}" if local == traffic.group.size else f"{traffic.group.size}, {local} a node"
+        took = _short(seconds(traffic, gpu))
+        table.add_row(traffic.kind, traffic.purpose, ranks, _short(traffic.nbytes / 1e9), took, BEHIND[traffic.behind])
     return table
 
 
@@ -104,9 +104,13 @@ def _time(chosen: Candidate) -> Table:
         "attention": compute.attention,
         "matrix products of the experts": compute.experts,
         "reading and writing activations": compute.memory,
-        **{f"{kind}, not hidden": duration for kind, duration in estimate.exposed.items() if duration},
+        **{f"{kind}, not hidden": duration for kind, duration in estimate.exposed.items()},
         "pipeline bubble": estimate.bubble,
     }
-    for name, duration in rows.items():
-        table.add_row(name, f"{duration:.3g}", f"{duration / estimate.seconds:.1%}")
+    for name, duration in ((name, duration) for name, duration in rows.items() if duration):
+        table.add_row(name, _short(duration), f"{duration / estimate.seconds:.1%}")
     return table
+
+
+def _short(number: float) -> str:
+    return f"{number:,.2f}" if number >= 1 else f"{number:.2g}"

@@ -22,6 +22,7 @@ ROOMS = {
     "upcycle.analysis": ("torch", "transformers", "upcycle.checkpoint", "upcycle.train"),
     "upcycle.modeling": ("torch", "transformers"),
     "upcycle.materialise": ("transformers", "upcycle.checkpoint", "upcycle.source"),
+    "upcycle.parallel.planning": ("torch", "transformers", "upcycle.checkpoint", "upcycle.source", "upcycle.train"),
     "upcycle.cli": ("torch", "transformers"),
 }
 

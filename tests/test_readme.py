@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from documents import between, blocks, commands
 
 from upcycle.analysis.prose import interval
 from upcycle.analysis.questions import load_sweep
@@ -27,15 +28,6 @@ README = (ROOT / "README.md").read_text()
 HUB_ID = "HuggingFaceTB/SmolLM2-135M"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-
-
-def commands() -> list[str]:
-    lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
-
-
 def test_upcycle_commands_and_python_run(text_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In a copy of the repository's root, on a tiny model instead of the Hub's, and for three steps of training."""
     monkeypatch.chdir(tmp_path)
@@ -48,7 +40,7 @@ def test_upcycle_commands_and_python_run(text_model: Path, monkeypatch: pytest.M
         "budget.tokens=4e6": "budget.tokens=12e3",
     }
     executable = str(Path(sys.executable).with_name("upcycle"))
-    for line in commands():
+    for line in commands(README):
         for given, replacement in shorter.items():
             line = line.replace(given, replacement)
         words = shlex.split(line)
@@ -57,7 +49,7 @@ def test_upcycle_commands_and_python_run(text_model: Path, monkeypatch: pytest.M
             assert ended.returncode == 0, f"{line}\n{ended.stdout}\n{ended.stderr}"
         else:
             assert line in ("make demo", "make test", "make bench"), line
-    for code in blocks("python"):
+    for code in blocks(README, "python"):
         exec(compile(code, "README.md", "exec"), {})
 
 
@@ -78,8 +70,8 @@ def test_options_named_in_the_readme_exist(upcycle: Callable[..., Outcome]) -> N
 
 def shown_rows(marker: str) -> dict[str, str]:
     """Lines of a table by what their first cell quotes."""
-    table = README.split(f"<!-- {marker} -->")[1].split(f"<!-- end of {marker} -->")[0]
-    return {line.split("|")[1].strip().strip("`"): line for line in table.splitlines() if line.startswith("| `")}
+    lines = between(README, marker).splitlines()
+    return {line.split("|")[1].strip().strip("`"): line for line in lines if line.startswith("| `")}
 
 
 def test_the_results_are_the_measured_ones() -> None:

@@ -38,6 +38,16 @@ def literal_paths(options: Iterable[str], arguments: Sequence[str]) -> list[str]
     return [_literal(argument, sweeping) if argument.split("=")[0] in options else argument for argument in arguments]
 
 
+def file_choices(groups: Iterable[str], arguments: Sequence[str]) -> list[str]:
+    """Spell `GROUP=FILE` as Hydra knows it: `GROUP=file GROUP.file=FILE`, for groups that take a YAML file too."""
+    spelt: list[str] = []
+    for argument in arguments:
+        group, _, value = argument.partition("=")
+        is_file = group in groups and Path(value).suffix in (".yaml", ".yml")
+        spelt += [f"{group}=file", f"{group}.file={quoted(value)}"] if is_file else [argument]
+    return spelt
+
+
 def is_sweep(arguments: Sequence[str]) -> bool:
     """Whether Hydra will run the command over several values."""
     return any(argument in MULTIRUN or argument.upper() == "HYDRA.MODE=MULTIRUN" for argument in arguments)
@@ -109,7 +119,7 @@ def typed_options(kind: type, composed: DictConfig) -> Any:
         return TypeAdapter(kind).validate_python(plain)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
+        name = _option(first["loc"], plain)
         if first["type"] == "unexpected_keyword_argument":
             raise ConfigError("unknown option", found=name, remedy="leave it out") from error
         if first["type"].startswith("missing"):
@@ -117,6 +127,17 @@ def typed_options(kind: type, composed: DictConfig) -> Any:
         found = "null" if first["input"] is None else first["input"]
         expected = first["msg"].removeprefix("Input should be ")
         raise ConfigError(f"{name} is not valid", found=found, expected=expected) from error
+
+
+def _option(location: Sequence[int | str], plain: Any) -> str:
+    """The name of the option that pydantic objects to, without the tags of unions."""
+    names = []
+    for part in location:
+        inside = isinstance(plain, dict) and part in plain
+        if inside or part == location[-1]:
+            names.append(str(part))
+        plain = plain[part] if inside else plain
+    return ".".join(names)
 
 
 def _missing(name: str) -> ConfigError:

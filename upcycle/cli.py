@@ -23,6 +23,7 @@ from upcycle.arguments import (
     ARM,
     CONF,
     MULTIRUN,
+    file_choices,
     is_sweep,
     literal_paths,
     names_sweep,
@@ -36,6 +37,7 @@ from upcycle.dashboard import config as reporting
 from upcycle.errors import ConfigError, UpcycleError, did_you_mean
 from upcycle.evaluation import config as evaluation
 from upcycle.interruption import Interruption
+from upcycle.parallel import config as planning
 from upcycle.tracking import config as tracking
 from upcycle.train import config as training
 
@@ -58,6 +60,7 @@ class Command:
         function: "module:function" that takes the options and returns the exit status.
         paths: options that are paths, whose values are taken literally.
         positional: option that a bare first argument stands for.
+        files: groups of options that a YAML file can stand for.
     """
 
     summary: str
@@ -65,14 +68,16 @@ class Command:
     function: str
     paths: tuple[str, ...]
     positional: str | None = None
+    files: tuple[str, ...] = ()
 
 
 COMMANDS = {
     "plan": Command(
-        summary="what convert would do, and what it would cost",
-        options=options.PlanConfig,
+        summary="what convert would do and cost, and what training would take on many GPUs",
+        options=planning.PlanConfig,
         function="upcycle.commands:plan",
         paths=("source", "output"),
+        files=("gpu",),
     ),
     "convert": Command(
         summary="dense checkpoint in, fine-grained MoE checkpoint out",
@@ -227,7 +232,7 @@ def _run(name: str, arguments: Sequence[str], *, show_trace: bool) -> int:
             print(f"upcycle: {readable(error, name)}", file=sys.stderr)
             statuses.append(1)
 
-    given = literal_paths(command.paths, _expand_positional(command, arguments))
+    given = file_choices(command.files, literal_paths(command.paths, _expand_positional(command, arguments)))
     with tempfile.TemporaryDirectory(prefix="upcycle-") as scratch:
         sys.argv = [sys.argv[0], *(_sweep_into(scratch, given) if is_sweep(given) else given)]
         application()

@@ -7,7 +7,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from upcycle.errors import ConfigError, did_you_mean
@@ -16,9 +16,10 @@ from upcycle.interruption import Interruption
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
 
-    from upcycle.config import ConvertConfig, InspectConfig, PlanConfig, VerifyConfig
+    from upcycle.config import ConvertConfig, InspectConfig, VerifyConfig
     from upcycle.dashboard.config import ReportConfig
     from upcycle.evaluation.config import EvaluateConfig
+    from upcycle.parallel.config import PlanConfig
     from upcycle.prepare import Conversion
     from upcycle.tracking.config import SyncConfig
     from upcycle.train.config import ExportConfig, TrainConfig
@@ -28,14 +29,21 @@ FORMATS = ("table", "json")
 
 
 def plan(config: PlanConfig) -> int:
-    """`upcycle plan`: print what `convert` would do."""
+    """`upcycle plan`: print what `convert` would do, and how it would train; 1 if that does not fit in memory."""
+    from upcycle.parallel.planning import plan_training, planned_json
+    from upcycle.parallel.render import planned_table
     from upcycle.prepare import prepare
     from upcycle.render import plan_json, plan_table
 
     _check_format(config.format)
     conversion = prepare(config, execute=False)
-    _print(config.format, plan_json(conversion), plan_table(conversion))
-    return 0
+    if config.parallel is None:
+        _print(config.format, plan_json(conversion), plan_table(conversion))
+        return 0
+    planned = plan_training(config, conversion)
+    data = {**plan_json(conversion), "training": planned_json(planned)}
+    _print(config.format, data, Group(plan_table(conversion), planned_table(planned)))
+    return 0 if planned.fits else 1
 
 
 def convert(config: ConvertConfig) -> int:

@@ -84,17 +84,6 @@ class ConversionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(ConversionConfig):
-    """`upcycle plan`.
-
-    Attributes:
-        format: table or json.
-    """
-
-    format: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class ConvertConfig(ConversionConfig):
     """`upcycle convert`.
 

@@ -6,7 +6,7 @@ import difflib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 
 class UpcycleError(ValueError):
@@ -67,3 +67,10 @@ def near_misses(name: str, known: Iterable[str]) -> str:
     """Return 'did you mean …?' for `name` among `known`, or the list of all that is known."""
     known = sorted(known)
     return did_you_mean(name, known) or f"known: {', '.join(known)}"
+
+
+def nearest(value: int, valid: Sequence[int]) -> str:
+    """The neighbours of a number among sorted ones, such as "4 or 6"."""
+    below = [v for v in valid if v < value][-1:]
+    above = [v for v in valid if v > value][:1]
+    return " or ".join(map(str, [*below, *above]))

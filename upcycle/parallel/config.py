@@ -1,11 +1,14 @@
-"""Options of `parallel.*`; the defaults are in `conf/parallel/`. Knows no torch."""
+"""Options of `parallel.*` and of `upcycle plan`; the defaults are in `conf/`. Knows no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
-from upcycle.config import STRICT
+from pydantic import Discriminator, Tag
+
+from upcycle.config import STRICT, ConversionConfig
+from upcycle.parallel.gpu import Gpu, GpuFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,3 +30,81 @@ class ParallelConfig:
     tp: int
     ep: int | None
     replicate: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldingConfig:
+    """How ranks share the model in Megatron-Core (MoE Parallel Folding, arXiv 2504.14960).
+
+    world = tp * cp * dp * pp = etp * ep * edp * pp; dp and edp follow from the world. null is 1, and with search=true
+    whatever is best.
+
+    Attributes:
+        tp: ranks that split every matrix outside the experts.
+        cp: ranks that split every sequence.
+        pp: stages of the pipeline.
+        etp: ranks that split every matrix of an expert.
+        ep: ranks that experts are spread over.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
+
+    tp: int | None
+    cp: int | None
+    pp: int | None
+    etp: int | None
+    ep: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkloadConfig:
+    """`workload.*`: what a training step does.
+
+    Attributes:
+        sequences: per optimizer step, over all ranks and micro-batches.
+        micro: sequences per forward pass and rank.
+        sequence_length: tokens per sequence.
+        activation_checkpointing: recompute the activations of every layer in the backward pass.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
+
+    sequences: int
+    micro: int
+    sequence_length: int
+    activation_checkpointing: bool
+
+
+def _parallel_kind(plain: Any) -> str:
+    return "folding" if "pp" in plain else "fsdp"
+
+
+def _gpu_kind(plain: Any) -> str:
+    return "file" if "file" in plain else "gpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(ConversionConfig):
+    """`upcycle plan`.
+
+    Attributes:
+        format: table or json.
+        parallel: plan a training step too, in this layout.
+        gpu: what it would run on.
+        nodes: of `gpu.gpus_per_node` GPUs.
+        search: rank the layouts that fit, trying every degree of `parallel` that is null.
+        workload: the training step.
+    """
+
+    format: str
+    parallel: (
+        Annotated[
+            Annotated[ParallelConfig, Tag("fsdp")] | Annotated[FoldingConfig, Tag("folding")],
+            Discriminator(_parallel_kind),
+        ]
+        | None
+    )
+    gpu: Annotated[Annotated[Gpu, Tag("gpu")] | Annotated[GpuFile, Tag("file")], Discriminator(_gpu_kind)]
+    nodes: int
+    search: bool
+    workload: WorkloadConfig

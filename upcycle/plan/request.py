@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from upcycle.arch.moe import MoeShape, RouterOrder
-from upcycle.errors import ConfigError, did_you_mean
+from upcycle.errors import ConfigError, did_you_mean, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,7 +43,7 @@ def moe_shape(config: MoeConfig, init: InitConfig, *, ffn_width: int, layers: in
             "the FFN cannot be cut into moe.granularity shards of equal width",
             found=f"d_ff {ffn_width} % granularity {config.granularity} = {ffn_width % config.granularity}",
             expected="a divisor of d_ff",
-            remedy=f"set moe.granularity to {_nearest(config.granularity, divisors)}",
+            remedy=f"set moe.granularity to {nearest(config.granularity, divisors)}",
         )
     experts = expansion * config.granularity
     _check_experts(config.top_k, expansion, config.granularity)
@@ -53,7 +53,7 @@ def moe_shape(config: MoeConfig, init: InitConfig, *, ffn_width: int, layers: in
             "moe.top_k would break virtual groups: granularity experts are the whole FFN only if all are active",
             found=f"top_k {config.top_k} % granularity {config.granularity} = {config.top_k % config.granularity}",
             expected="a multiple of granularity",
-            remedy=f"set moe.top_k to {_nearest(config.top_k, multiples)}, or take init=copy or init=random",
+            remedy=f"set moe.top_k to {nearest(config.top_k, multiples)}, or take init=copy or init=random",
         )
     return MoeShape(
         expansion=expansion,
@@ -154,9 +154,3 @@ def _choice(name: str, value: str, known: Sequence[str], also: str = "") -> None
         raise ConfigError(
             f"unknown value for {name}", found=value, expected=expected, remedy=did_you_mean(value, known)
         )
-
-
-def _nearest(value: int, valid: Sequence[int]) -> str:
-    below = [v for v in valid if v < value][-1:]
-    above = [v for v in valid if v > value][:1]
-    return " or ".join(map(str, [*below, *above]))

@@ -1,0 +1,21 @@
+"""What the tests of documents share: code blocks, and the commands in them."""
+
+from __future__ import annotations
+
+import re
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    """The lines of its bash blocks, without comments."""
+    lines = [line.split("  #")[0].strip() for block in blocks(text, "bash") for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def between(text: str, marker: str) -> str:
+    """The text between `<!-- marker -->` and `<!-- end of marker -->`."""
+    return text.split(f"<!-- {marker} -->\n")[1].split(f"<!-- end of {marker} -->")[0]

@@ -1,0 +1,145 @@
+"""Whether a layout fits the world, the model and the batch; says what does when it does not. Knows no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from upcycle.errors import ConfigError, nearest
+from upcycle.parallel.config import FoldingConfig
+from upcycle.parallel.layout import Layout
+
+if TYPE_CHECKING:
+    from upcycle.parallel.config import ParallelConfig, WorkloadConfig
+    from upcycle.parallel.gpu import Gpu
+    from upcycle.parallel.sizes import ModelSizes
+
+
+def checked_layout(
+    config: ParallelConfig | FoldingConfig, sizes: ModelSizes, workload: WorkloadConfig, gpu: Gpu, nodes: int
+) -> Layout:
+    """The layout that the options ask for.
+
+    Raises:
+        ConfigError: it fits the world, the model or the batch not.
+    """
+    check_ranges(config, workload)
+    folded = isinstance(config, FoldingConfig)
+    layout = _folding(config, sizes, gpu, nodes) if folded else _fsdp(config, sizes, gpu, nodes)
+    _check_batch(layout, workload)
+    return layout
+
+
+def _folding(config: FoldingConfig, sizes: ModelSizes, gpu: Gpu, nodes: int) -> Layout:
+    tp, cp, pp, etp, ep = (getattr(config, name) or 1 for name in ("tp", "cp", "pp", "etp", "ep"))
+    world, attention, moe = nodes * gpu.gpus_per_node, tp * cp * pp, etp * ep * pp
+    _check_world(math.lcm(attention, moe), gpu, nodes, "tp * cp * pp and of etp * ep * pp")
+    _divides("tp", tp, "heads of keys and values", sizes.kv_heads)
+    _divides("tp", tp, "width of the FFN", sizes.ffn_width if sizes.moe_layers < sizes.layers else 0)
+    _divides("tp", tp, "width of the shared experts", sizes.shared_width)
+    _divides("pp", pp, "layers", sizes.layers)
+    _divides("etp", etp, "width of an expert", sizes.expert_width)
+    _divides("ep", ep, "experts", sizes.experts)
+    return Layout(engine="megatron", tp=tp, cp=cp, dp=world // attention, pp=pp, etp=etp, ep=ep, edp=world // moe)
+
+
+def _fsdp(config: ParallelConfig, sizes: ModelSizes, gpu: Gpu, nodes: int) -> Layout:
+    tp, replicate, world = config.tp, config.replicate, nodes * gpu.gpus_per_node
+    fsdp = config.fsdp or max(1, world // (replicate * tp))
+    if replicate * fsdp * tp != world:
+        _check_world(replicate * (config.fsdp or 1) * tp, gpu, nodes, "replicate * fsdp * tp")
+        raise ConfigError(
+            "the layout is smaller than the world",
+            found=f"replicate {replicate} * fsdp {fsdp} * tp {tp} = {replicate * fsdp * tp} of {world} GPUs",
+            expected="all of them",
+            remedy=f"set parallel.fsdp to {world // (replicate * tp)}, or leave it out",
+        )
+    shards = fsdp * tp
+    ep = config.ep or shards
+    if tp > 1 and ep == 1:
+        raise ConfigError(
+            "transformers cannot split fused experts by TP in training",
+            found=f"tp {tp} without EP",
+            expected="parallel.ep, a multiple of parallel.tp",
+            remedy=f"set parallel.ep to {tp}",
+        )
+    if ep % tp or shards % ep:
+        raise ConfigError(
+            "parallel.ep does not fit the ranks of a replica",
+            found=f"ep {ep}, fsdp {fsdp} * tp {tp} = {shards}",
+            expected="a multiple of tp that divides fsdp * tp",
+            remedy=f"set parallel.ep to {nearest(ep, [tp * way for way in divisors(fsdp)])}",
+        )
+    if shards > sizes.experts:
+        fitting = [way for way in divisors(world) if way >= replicate and world // way <= sizes.experts]
+        raise ConfigError(
+            "more ranks would share the experts than there are experts, which FSDP2 shards by the expert",
+            found=f"fsdp {fsdp} * tp {tp} = {shards} ranks, {sizes.experts} experts",
+            expected=f"at most {sizes.experts} ranks; replicas beyond",
+            remedy=f"set parallel.replicate to {fitting[0]} (parallel=hsdp_ep)",
+        )
+    _divides("ep", ep, "experts", sizes.experts)
+    _divides("tp", tp, "heads of keys and values", sizes.kv_heads)
+    return Layout(
+        engine="transformers", tp=tp, dp=replicate * fsdp, ep=ep, edp=replicate * shards // ep, replicate=replicate
+    )
+
+
+def divisors(number: int) -> list[int]:
+    """The divisors of a number, ascending."""
+    return [way for way in range(1, number + 1) if number % way == 0]
+
+
+def check_ranges(config: ParallelConfig | FoldingConfig, workload: WorkloadConfig) -> None:
+    """Check that every degree and size is positive.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for group, options in (("parallel", config), ("workload", workload)):
+        for name in (field.name for field in fields(options)):
+            value = getattr(options, name)
+            if value is not None and not isinstance(value, bool) and value < 1:
+                raise ConfigError(f"{group}.{name} is out of range", found=value, expected="1 or more")
+
+
+def _divides(name: str, ways: int, what: str, size: int) -> None:
+    if size % ways:
+        raise ConfigError(
+            f"parallel.{name} does not divide the {what}",
+            found=f"{size} % {name} {ways} = {size % ways}",
+            expected=f"a divisor of {size}",
+            remedy=f"set parallel.{name} to {nearest(ways, divisors(size))}",
+        )
+
+
+def _check_world(unit: int, gpu: Gpu, nodes: int, product: str) -> None:
+    world, step = nodes * gpu.gpus_per_node, unit // math.gcd(unit, gpu.gpus_per_node)
+    if world % unit:
+        raise ConfigError(
+            "the layout does not fit the number of GPUs",
+            found=f"nodes {nodes} * {gpu.gpus_per_node} = {world} GPUs",
+            expected=f"a multiple of {product}, here {unit}",
+            remedy=f"set nodes to {nearest(nodes, range(step, nodes + step + 1, step))}",
+        )
+
+
+def _check_batch(layout: Layout, workload: WorkloadConfig) -> None:
+    ranks = layout.dp * workload.micro
+    _multiple("sequences", workload.sequences, ranks, f"dp {layout.dp} * micro {workload.micro}")
+    if layout.engine == "megatron":
+        # Ring attention gives every rank a slice from either end of the sequence.
+        ways = layout.tp * layout.cp * (2 if layout.cp > 1 else 1)
+        twice = " * 2" if layout.cp > 1 else ""
+        _multiple("sequence_length", workload.sequence_length, ways, f"tp {layout.tp} * cp {layout.cp}{twice}")
+
+
+def _multiple(name: str, value: int, of: int, product: str) -> None:
+    if value % of:
+        raise ConfigError(
+            f"workload.{name} cannot be shared out evenly",
+            found=value,
+            expected=f"a multiple of {product} = {of}",
+            remedy=f"set workload.{name} to {nearest(value, range(of, value + of + 1, of))}",
+        )

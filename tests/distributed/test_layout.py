@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from upcycle.distributed.layout import Layout, check_experts, resolve
+from upcycle.distributed.layout import Layout, check_experts, check_heads, resolve
 from upcycle.errors import ConfigError
 from upcycle.parallel.config import ParallelConfig
 
@@ -59,6 +59,12 @@ def test_refused(given: dict[str, Any], ranks: int, message: str) -> None:
 def test_experts_that_cannot_be_laid_out(layout: Layout, experts: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_experts(layout, experts)
+
+
+def test_heads_that_cannot_be_split() -> None:
+    check_heads(Layout(fsdp=2, tp=2), 4)
+    with pytest.raises(ConfigError, match="tp=2, 3 heads"):
+        check_heads(Layout(fsdp=2, tp=2), 3)
 
 
 def test_experts_that_can() -> None:

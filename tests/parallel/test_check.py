@@ -49,20 +49,12 @@ def test_hsdp():
         (folding(ep=6), 3, "the experts", "64 % ep 6 = 4", "set parallel.ep to 4 or 8"),
         (folding(etp=3), 3, "width of an expert", "2048 % etp 3 = 2", "set parallel.etp to 2 or 4"),
         (folding(cp=0), 1, "parallel.cp is out of range", "0", None),
-        (fsdp(tp=2, replicate=3), 2, "number of GPUs", "nodes 2 * 8 = 16 GPUs", "set nodes to 3"),
-        (fsdp(fsdp=4), 1, "smaller than the world", "= 4 of 8 GPUs", "set parallel.fsdp to 8, or leave it out"),
-        (fsdp(fsdp=32), 2, "number of GPUs", "nodes 2 * 8 = 16 GPUs", "set nodes to 4"),
-        (fsdp(tp=2, ep=1), 1, "split fused experts by TP", "tp 2 without EP", "set parallel.ep to 2"),
-        (fsdp(tp=4, ep=2), 1, "ep does not fit the ranks", "ep 2, fsdp 2 * tp 4 = 8", "set parallel.ep to 4"),
-        (fsdp(ep=3), 1, "ep does not fit the ranks", "ep 3, fsdp 8 * tp 1 = 8", "set parallel.ep to 2 or 4"),
-        (
-            fsdp(ep=8),
-            16,
-            "than there are experts",
-            "fsdp 128 * tp 1 = 128 ranks, 64 experts",
-            "parallel.replicate to 2",
-        ),
-        (fsdp(tp=2, ep=8), 32, "than there are experts", "128 * tp 2 = 256 ranks", "parallel.replicate to 4"),
+        (fsdp(tp=2, replicate=3), 2, "no layout of these options", "16 ranks for replicate=3", "12 or 18 ranks"),
+        (fsdp(fsdp=4), 1, "no layout of these options", "8 ranks for replicate=1, fsdp=4", "4 ranks"),
+        (fsdp(tp=2, ep=1), 1, "does not split experts", "tp=2, ep=1", "parallel.ep=8"),
+        (fsdp(tp=4, ep=2), 1, "ep does not fit the ranks", "ep=2 of fsdp * tp = 8", "set parallel.ep=8"),
+        (fsdp(ep=8), 16, "more ranks than experts", "fsdp * tp = 128, 64 experts", "parallel.replicate=2"),
+        (fsdp(tp=2, ep=8), 32, "more ranks than experts", "fsdp * tp = 256", "parallel.replicate=4"),
     ],
 )
 def test_impossible_layouts_name_the_nearest(parallel, nodes, what, found, remedy):
@@ -74,7 +66,7 @@ def test_impossible_layouts_name_the_nearest(parallel, nodes, what, found, remed
 
 def test_ep_has_to_divide_the_experts():
     odd = replace(FINE, experts=60)
-    assert "set parallel.ep to 6 or 10" in refused(fsdp(ep=8), 1, sizes=odd)
+    assert "set parallel.ep=4" in refused(fsdp(ep=8), 1, sizes=odd)
 
 
 def test_shared_experts_and_dense_layers_are_split_by_tp():

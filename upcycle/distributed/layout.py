@@ -55,7 +55,7 @@ def resolve(config: ParallelConfig, ranks: int) -> Layout:
             "no layout of these options has that many ranks",
             found=f"{ranks} ranks for replicate={config.replicate}, fsdp={config.fsdp}, tp={config.tp}",
             expected=" or ".join(f"{size}" for size in fitting) + " ranks",
-            remedy=f"start {fitting[-1]} processes, or change parallel.*",
+            remedy=f"have {fitting[-1]} of them, or change parallel.*",
         )
     fsdp = config.fsdp or ranks // step
     ep = fsdp * config.tp if config.ep is None else config.ep
@@ -67,6 +67,21 @@ def resolve(config: ParallelConfig, ranks: int) -> Layout:
             remedy=f"set parallel.ep={fsdp * config.tp}",
         )
     return Layout(replicate=config.replicate, fsdp=fsdp, tp=config.tp, ep=ep)
+
+
+def check_heads(layout: Layout, heads: int) -> None:
+    """Check that tensor parallelism can give every rank whole heads of keys and values.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if heads % layout.tp:
+        raise ConfigError(
+            "parallel.tp does not divide the heads of keys and values",
+            found=f"tp={layout.tp}, {heads} heads",
+            expected=f"a divisor of {heads}",
+            remedy="set parallel.tp=1, or another divisor",
+        )
 
 
 def check_experts(layout: Layout, experts: int) -> None:

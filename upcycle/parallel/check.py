@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from upcycle.distributed.layout import check_experts, resolve
 from upcycle.errors import ConfigError, nearest
 from upcycle.parallel.config import FoldingConfig
 from upcycle.parallel.layout import Layout
@@ -25,8 +26,8 @@ def checked_layout(
         ConfigError: it fits the world, the model or the batch not.
     """
     check_ranges(config, workload)
-    folded = isinstance(config, FoldingConfig)
-    layout = _folding(config, sizes, gpu, nodes) if folded else _fsdp(config, sizes, gpu, nodes)
+    lay_out: Any = _folding if isinstance(config, FoldingConfig) else _fsdp
+    layout: Layout = lay_out(config, sizes, gpu, nodes)
     _check_batch(layout, workload)
     return layout
 
@@ -45,45 +46,11 @@ def _folding(config: FoldingConfig, sizes: ModelSizes, gpu: Gpu, nodes: int) -> 
 
 
 def _fsdp(config: ParallelConfig, sizes: ModelSizes, gpu: Gpu, nodes: int) -> Layout:
-    tp, replicate, world = config.tp, config.replicate, nodes * gpu.gpus_per_node
-    fsdp = config.fsdp or max(1, world // (replicate * tp))
-    if replicate * fsdp * tp != world:
-        _check_world(replicate * (config.fsdp or 1) * tp, gpu, nodes, "replicate * fsdp * tp")
-        raise ConfigError(
-            "the layout is smaller than the world",
-            found=f"replicate {replicate} * fsdp {fsdp} * tp {tp} = {replicate * fsdp * tp} of {world} GPUs",
-            expected="all of them",
-            remedy=f"set parallel.fsdp to {world // (replicate * tp)}, or leave it out",
-        )
-    shards = fsdp * tp
-    ep = config.ep or shards
-    if tp > 1 and ep == 1:
-        raise ConfigError(
-            "transformers cannot split fused experts by TP in training",
-            found=f"tp {tp} without EP",
-            expected="parallel.ep, a multiple of parallel.tp",
-            remedy=f"set parallel.ep to {tp}",
-        )
-    if ep % tp or shards % ep:
-        raise ConfigError(
-            "parallel.ep does not fit the ranks of a replica",
-            found=f"ep {ep}, fsdp {fsdp} * tp {tp} = {shards}",
-            expected="a multiple of tp that divides fsdp * tp",
-            remedy=f"set parallel.ep to {nearest(ep, [tp * way for way in divisors(fsdp)])}",
-        )
-    if shards > sizes.experts:
-        fitting = [way for way in divisors(world) if way >= replicate and world // way <= sizes.experts]
-        raise ConfigError(
-            "more ranks would share the experts than there are experts, which FSDP2 shards by the expert",
-            found=f"fsdp {fsdp} * tp {tp} = {shards} ranks, {sizes.experts} experts",
-            expected=f"at most {sizes.experts} ranks; replicas beyond",
-            remedy=f"set parallel.replicate to {fitting[0]} (parallel=hsdp_ep)",
-        )
-    _divides("ep", ep, "experts", sizes.experts)
-    _divides("tp", tp, "heads of keys and values", sizes.kv_heads)
-    return Layout(
-        engine="transformers", tp=tp, dp=replicate * fsdp, ep=ep, edp=replicate * shards // ep, replicate=replicate
-    )
+    ranks = resolve(config, nodes * gpu.gpus_per_node)
+    check_experts(ranks, sizes.experts)
+    _divides("tp", ranks.tp, "heads of keys and values", sizes.kv_heads)
+    edp = ranks.ranks // ranks.ep
+    return Layout(engine="transformers", tp=ranks.tp, dp=ranks.data, ep=ranks.ep, edp=edp, replicate=ranks.replicate)
 
 
 def divisors(number: int) -> list[int]:

@@ -15,7 +15,7 @@ from upcycle.checkpoint import hash_files
 from upcycle.config import ConvertConfig
 from upcycle.convert import output_config
 from upcycle.data.bytes_tokenizer import byte_tokenizer
-from upcycle.distributed.layout import check_experts
+from upcycle.distributed.layout import check_experts, check_heads
 from upcycle.distributed.model import laid_out, settle
 from upcycle.distributed.ranks import ALONE
 from upcycle.errors import ConfigError, did_you_mean
@@ -83,6 +83,8 @@ def start_model(config: TrainConfig, ranks: Ranks = ALONE) -> Start:
     with quietly():
         start = arms[config.model](config, ranks)
     if ranks.size > 1:
+        text = start.model.config.get_text_config()
+        check_heads(ranks.layout, getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
         settle(start.model)
     start.model.train()
     check_fits(start.model, start.tokenizer, config.sequence_length)

@@ -97,6 +97,13 @@ def check_experts(layout: Layout, experts: int) -> None:
             found=f"tp={layout.tp}, ep=1",
             remedy=f"spread the experts over the ranks with parallel.ep={replica}",
         )
+    if replica > experts:
+        raise ConfigError(
+            "experts are sharded whole, and there are more ranks than experts in a replica",
+            found=f"fsdp * tp = {replica}, {experts} experts",
+            expected=f"fsdp * tp of at most {experts}",
+            remedy=f"add replicas: parallel.replicate={-(-layout.ranks // experts)}",
+        )
     if experts % layout.ep:
         fitting = [size for size in range(1, replica + 1) if not (replica % size or experts % size)]
         raise ConfigError(
@@ -104,11 +111,4 @@ def check_experts(layout: Layout, experts: int) -> None:
             found=f"ep={layout.ep}, {experts} experts",
             expected=", ".join(map(str, fitting)),
             remedy=f"set parallel.ep={fitting[-1]}",
-        )
-    if replica > experts:
-        raise ConfigError(
-            "experts are sharded whole, and there are more ranks than experts in a replica",
-            found=f"fsdp * tp = {replica}, {experts} experts",
-            expected=f"fsdp * tp of at most {experts}",
-            remedy=f"add replicas: parallel.replicate={-(-layout.ranks // experts)}",
         )

@@ -14,6 +14,7 @@ from torch import distributed
 
 from upcycle.distributed.layout import Layout, resolve
 from upcycle.errors import ConfigError
+from upcycle.parallel.config import FoldingConfig
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins import ClusterEnvironment
@@ -87,7 +88,7 @@ class Ranks:
 ALONE = Ranks()
 
 
-def join_ranks(config: ParallelConfig | None, device: torch.device) -> Ranks:
+def join_ranks(config: ParallelConfig | FoldingConfig | None, device: torch.device) -> Ranks:
     """Join the processes that torchrun or SLURM started.
 
     Args:
@@ -97,6 +98,13 @@ def join_ranks(config: ParallelConfig | None, device: torch.device) -> Ranks:
     Raises:
         ConfigError: several processes without a layout, or a layout that does not have that many ranks.
     """
+    if isinstance(config, FoldingConfig):
+        raise ConfigError(
+            "parallel=folding is Megatron-Core's, which upcycle train does not run",
+            found="parallel=folding",
+            expected="fsdp, ep, tp_ep or hsdp_ep",
+            remedy="plan with it, and train with Megatron-Bridge",
+        )
     environment = _environment()
     started = environment.world_size() if environment else 1
     if config is None:

@@ -79,6 +79,11 @@ def _parallel_kind(plain: Any) -> str:
     return "folding" if "pp" in plain else "fsdp"
 
 
+AnyParallel = Annotated[
+    Annotated[ParallelConfig, Tag("fsdp")] | Annotated[FoldingConfig, Tag("folding")], Discriminator(_parallel_kind)
+]
+
+
 def _gpu_kind(plain: Any) -> str:
     return "file" if "file" in plain else "gpu"
 
@@ -97,13 +102,7 @@ class PlanConfig(ConversionConfig):
     """
 
     format: str
-    parallel: (
-        Annotated[
-            Annotated[ParallelConfig, Tag("fsdp")] | Annotated[FoldingConfig, Tag("folding")],
-            Discriminator(_parallel_kind),
-        ]
-        | None
-    )
+    parallel: AnyParallel | None
     gpu: Annotated[Annotated[Gpu, Tag("gpu")] | Annotated[GpuFile, Tag("file")], Discriminator(_gpu_kind)]
     nodes: int
     search: bool

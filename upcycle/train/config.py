@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from upcycle.config import STRICT, InitConfig, MoeConfig
 from upcycle.data.config import DataConfig
-from upcycle.parallel.config import ParallelConfig
+from upcycle.parallel.config import AnyParallel
 from upcycle.routing.config import BalanceConfig, RouterConfig
 from upcycle.tracking.config import WandbConfig
 
@@ -195,7 +195,7 @@ class TrainConfig:
     workers: int
     progress: bool
     wandb: WandbConfig
-    parallel: ParallelConfig | None = None
+    parallel: AnyParallel | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,12 +40,11 @@ def test_commands_run(upcycle: Callable[..., Outcome], tmp_path: Path) -> None:
     )
     config.save_pretrained(tmp_path / "llama")
     (tmp_path / "ours.yaml").write_text((ROOT / "conf/gpu/h100.yaml").read_text())
-    lines = commands(TEXT)
+    lines = [line for line in commands(TEXT) if line.startswith("upcycle plan ")]  # tests/distributed runs the others
     assert len(lines) > 3
     for line in lines:
         changed = line.replace(HUB_ID, str(tmp_path / "llama")).replace("ours.yaml", str(tmp_path / "ours.yaml"))
         words = shlex.split(changed)
-        assert words[0] == "upcycle"
         outcome = upcycle(*words[1:])
         assert outcome.status == 0, f"{line}\n{outcome.out}\n{outcome.err}"
 

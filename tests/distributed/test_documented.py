@@ -8,9 +8,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pytest
 from documents import commands
+
+if TYPE_CHECKING:
+    import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 LINES = [line for line in commands((ROOT / "docs/scaling.md").read_text()) if not line.startswith("upcycle plan ")]

@@ -6,6 +6,7 @@ import json
 import time
 from typing import TYPE_CHECKING
 
+import models
 import pytest
 import training
 from launching import WORKER, on_ranks, torchrun
@@ -44,6 +45,18 @@ def test_ranks_of_different_versions_are_refused(text_model: Path, text: Path, t
     assert ended.returncode != 0
     assert "the ranks run different versions" in ended.stderr
     assert "on rank 0, 5.0.0 on rank 1" in ended.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_family_without_a_plan_is_refused(text_model: Path, text: Path, tmp_path: Path) -> None:
+    gpt2 = models.save(models.build("gpt2", vocab_size=300), tmp_path / "gpt2")
+    for file in text_model.glob("tokenizer*"):
+        (gpt2 / file.name).write_bytes(file.read_bytes())
+    given = ("model=upcycle", f"source={gpt2}", f"output={tmp_path / 'run'}", "parallel=tp_ep", "moe.granularity=1")
+    ended = torchrun(2, "--no-python", "upcycle", "train", *given, "moe.top_k=1", *training.overrides(text))
+    assert ended.returncode != 0
+    assert "upcycle: the model cannot be laid out over the ranks like this" in ended.stderr
+    assert "tp_plan" in ended.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -28,6 +28,7 @@ def convert(output, on_bytes, before_commit=lambda: None):
             if not staging.has(shard):
                 staging.write_shard(shard, lambda spec: TENSORS[spec.name].split(20), on_bytes)
         staging.write_text("model.safetensors.index.json", index_json(SHARDS))
+        staging.write_text("config.json", "{}")
         before_commit()
         staging.commit()
 
@@ -116,6 +117,7 @@ def test_killed_inside_the_commit(tmp_path, whole, call, monkeypatch):
                 if not staging.has(shard):
                     staging.write_shard(shard, lambda spec: [TENSORS[spec.name]], lambda _: None)
             staging.write_text("model.safetensors.index.json", index_json(SHARDS))
+            staging.write_text("config.json", "{}")
             hook()
             staging.commit()
 

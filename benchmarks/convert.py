@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from disk import plain_write, warm_up
 from environment import environment, smollm2
 from rich.console import Console
 from rich.table import Table
@@ -31,7 +32,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from upcycle.checkpoint import open_reader
 
-CHUNK = 16 * 2**20
 COPIES = 8
 
 
@@ -133,24 +133,6 @@ def watch(process: subprocess.Popen[bytes], peaks: list[int]) -> None:
             lines = [line for line in status.read_text().splitlines() if line.startswith("RssAnon")]
             peaks.extend(int(line.split()[1]) * 1024 for line in lines)
             time.sleep(0.01)
-
-
-def warm_up(file: Path, size: int) -> None:
-    """Write and delete: a virtual disk's first write to a block can take several times as long as all later ones."""
-    plain_write(file, size)
-    file.unlink()
-
-
-def plain_write(file: Path, size: int) -> float:
-    """Seconds to write `size` bytes in sequence and sync them."""
-    os.sync()
-    block = os.urandom(CHUNK)
-    start = time.perf_counter()
-    with file.open("wb", buffering=0) as stream:
-        for offset in range(0, size, CHUNK):
-            stream.write(block[: size - offset])
-        os.fsync(stream.fileno())
-    return time.perf_counter() - start
 
 
 def largest_tensor(source: Path) -> int:

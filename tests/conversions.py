@@ -48,11 +48,13 @@ def options(source: Path | str, output: Path | str, *, init: str = "virtual_grou
         dtype="auto",
         seed=0,
         max_shard_size="5GB",
+        workers=1,
         calibration_tokens=64,
         moe=moe,
         init=start,
         overwrite=False,
         resume=False,
+        part=None,
     )
     for part in ("moe", "init"):
         before = getattr(request, part)
@@ -73,7 +75,7 @@ def run(config: ConvertConfig) -> Converted:
     """Convert, and keep the plan."""
     seen: list[Conversion] = []
 
-    def on_plan(conversion: Conversion) -> Callable[[int], None]:
+    def on_plan(conversion: Conversion, _nbytes: int) -> Callable[[int], None]:
         seen.append(conversion)
         return lambda _count: None
 

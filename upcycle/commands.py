@@ -60,9 +60,9 @@ def convert(config: ConvertConfig) -> int:
         console=Console(stderr=True),
     )
 
-    def on_plan(conversion: Conversion):  # type: ignore[no-untyped-def]
+    def on_plan(conversion: Conversion, nbytes: int):  # type: ignore[no-untyped-def]
         Console().print(plan_table(conversion))
-        bar = progress.add_task("writing", total=conversion.cost.bytes_to_write)
+        bar = progress.add_task("writing", total=nbytes)
         progress.start()
 
         def on_bytes(count: int) -> None:
@@ -77,8 +77,9 @@ def convert(config: ConvertConfig) -> int:
     finally:
         if progress.live.is_started:
             progress.stop()
-    following = shlex.join(["upcycle", "verify", f"source={config.source}", f"moe={output}"])
-    print(f"wrote {output}\nnext: {following}")
+    if output:
+        following = shlex.join(["upcycle", "verify", f"source={config.source}", f"moe={output}"])
+        print(f"wrote {output}\nnext: {following}")
     return 0
 
 

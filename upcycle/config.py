@@ -67,6 +67,7 @@ class ConversionConfig:
         dtype: auto (the source's), float32, bfloat16 or float16.
         seed: seed of everything random.
         max_shard_size: size limit of one safetensors file, such as 5GB or 500MB.
+        workers: processes that write, each files of its own.
         calibration_tokens: tokens of Python source that `init.scaling=calibrated` measures on.
     """
 
@@ -78,6 +79,7 @@ class ConversionConfig:
     dtype: str
     seed: int
     max_shard_size: str
+    workers: int
     calibration_tokens: int
     moe: MoeConfig
     init: InitConfig
@@ -90,11 +92,13 @@ class ConvertConfig(ConversionConfig):
     Attributes:
         overwrite: replace an existing output.
         resume: continue an interrupted conversion.
+        part: null, or I/N: write the I-th of N ranges of the files; the last part to end makes the output.
     """
 
     output: str
     overwrite: bool
     resume: bool
+    part: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,117 +5,77 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from upcycle.arch.targets import TARGETS
 from upcycle.card import model_card
 from upcycle.checkpoint import (
+    StagedFiles,
     Staging,
-    TensorSpec,
     check_replaceable,
     dtype_bytes,
     dtype_name,
     hash_files,
     index_json,
-    torch_dtype,
     write_gguf_tokenizer,
 )
-from upcycle.errors import OutputError, SourceError
-from upcycle.manifest import MANIFEST, manifest_json
-from upcycle.materialise import Materialiser
+from upcycle.errors import ConfigError, OutputError, SourceError
+from upcycle.manifest import MANIFEST, manifest_json, versions
 from upcycle.modeling import REMOTE_CODE_FILES
+from upcycle.part import Part, parse_part
 from upcycle.prepare import Conversion, prepare
 from upcycle.source import expanded
+from upcycle.workers import OnBytes, ShardWork, write_in_processes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from upcycle.checkpoint import Shard
     from upcycle.config import ConvertConfig
 
 logger = logging.getLogger("upcycle")
+DIGITS = 16  # of a hash that a person compares
 
-OnBytes = Callable[[int], None]
 
+def convert(config: ConvertConfig, *, on_plan: Callable[[Conversion, int], OnBytes]) -> Path | None:
+    """Convert a dense checkpoint into a MoE checkpoint, or write one part of it.
 
-def convert(config: ConvertConfig, *, on_plan: Callable[[Conversion], OnBytes]) -> Path:
-    """Convert a dense checkpoint into a MoE checkpoint.
-
-    The same source, config and seed give the same bytes, whatever the shard size. Whenever it is interrupted, the
-    output's name holds either nothing (or what was there before) or the complete checkpoint.
+    The same source, config and seed give the same bytes, whatever the shard size, workers and parts. Whenever it is
+    interrupted, the output's name holds either nothing (or what was there before) or the complete checkpoint.
 
     Args:
         config: the options.
-        on_plan: called once with the checked plan; what it returns is called with the number of bytes written.
+        on_plan: called once with the checked plan and the number of bytes that will be written here; what it returns
+            is called with the number of bytes written.
 
     Returns:
-        The output directory.
+        The output directory; None while other parts are missing.
 
     Raises:
         UpcycleError: a bad request, source or output; nothing is left under the output's name.
     """
     output = expanded(config.output)
+    part = _part(config)
     check_replaceable(output.resolve(), overwrite=config.overwrite)  # before a download, and before calibration
     conversion = prepare(config, execute=True)
-    staging = Staging.open(
-        output, fingerprint=_fingerprint(conversion, config), overwrite=config.overwrite, resume=config.resume
-    )
-    with staging, _keeping_what_can_be_resumed(staging, conversion), _one_thread():
-        missing = [shard for shard in conversion.shards if not staging.has(shard)]
-        _check_disk(sum(shard.nbytes for shard in missing), conversion.free, output)
-        source, tensors = conversion.source, conversion.target_tensors()
-        materialiser = Materialiser(source.read, config.seed)
-
-        def chunks(spec: TensorSpec) -> Iterator[torch.Tensor]:
-            return materialiser.blocks(tensors[spec.name], torch_dtype(spec.dtype))
-
-        on_bytes = on_plan(conversion)
-        hashes = hash_files(source.files)
-        for shard in conversion.shards:
-            if shard in missing:
-                staging.write_shard(shard, chunks, on_bytes)
-            else:
-                on_bytes(shard.nbytes)
-        if len(conversion.shards) > 1:
-            staging.write_text("model.safetensors.index.json", index_json(conversion.shards))
-        manifest = manifest_json(conversion, config, hashes.result())
-        staging.write_text(MANIFEST, manifest)
-        staging.write_text("config.json", json.dumps(output_config(conversion), indent=2, sort_keys=True) + "\n")
-        staging.write_text("README.md", model_card(json.loads(manifest), conversion.plan))
-        _auxiliary(conversion, staging)
+    mine = part.of(conversion.shards) if part else conversion.shards
+    with _staging(conversion, config, part) as staging, _keeping_what_can_be_resumed(staging, conversion, part):
+        _check_disk(staging, conversion.shards, conversion.free)
+        on_bytes = on_plan(conversion, sum(shard.nbytes for shard in mine))
+        hashes = None if part else hash_files(conversion.source.files)
+        _write(mine, conversion, config, staging, on_bytes)
+        if part and (missing := _incomplete(part, conversion, staging)):
+            others = ", ".join(f"part={each}" for each in missing)
+            logger.info("part=%s is complete, and these are not: %s; the last one makes %s", part, others, output)
+            return None
+        _write_beside(conversion, config, staging, (hashes or hash_files(conversion.source.files)).result())
         staging.commit()
     return output
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Scaling keeps up with the disk on one thread; more of them spin, and take the core that its writes need."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _keeping_what_can_be_resumed(staging: Staging, conversion: Conversion) -> Iterator[None]:
-    """After an error, delete the staging directory unless a file in it is complete and may serve a second run.
-
-    An error in the source leaves nothing that may: the mended source is another one.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, SourceError) or not any(map(staging.has, conversion.shards)):
-            shutil.rmtree(staging.directory, ignore_errors=True)
-        elif staging.directory.exists():
-            logger.warning("%s keeps what is complete: continue with resume=true", staging.directory)
-        raise
 
 
 def output_config(conversion: Conversion) -> dict[str, Any]:
@@ -135,19 +95,107 @@ def output_config(conversion: Conversion) -> dict[str, Any]:
     }
 
 
-def _fingerprint(conversion: Conversion, config: ConvertConfig) -> str:
+def _part(config: ConvertConfig) -> Part | None:
+    if config.part is None:
+        return None
+    if config.overwrite:
+        raise ConfigError(
+            "overwrite=true is for a conversion that one command makes",
+            found=f"part={config.part}",
+            expected="one of the two",
+            remedy="move the old output away, or choose another one",
+        )
+    return parse_part(config.part)
+
+
+def _staging(conversion: Conversion, config: ConvertConfig, part: Part | None) -> Staging:
+    output, fingerprint = expanded(config.output), _fingerprint(conversion, config)
+    if part:
+        return Staging.join(output, fingerprint=fingerprint, part=str(part))
+    return Staging.open(output, fingerprint=fingerprint, overwrite=config.overwrite, resume=config.resume)
+
+
+@contextmanager
+def _keeping_what_can_be_resumed(staging: Staging, conversion: Conversion, part: Part | None) -> Iterator[None]:
+    """After an error, delete the staging directory unless a file in it is complete and may serve a second run.
+
+    An error in the source leaves nothing that may: the mended source is another one. What other parts write too is
+    never deleted; and it is no error if they have made the output meanwhile.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if part and isinstance(error, OutputError) and staging.committed():
+            logger.info("another process completed %s first", staging.output)
+            return
+        if not part and (isinstance(error, SourceError) or not any(map(staging.has, conversion.shards))):
+            shutil.rmtree(staging.directory, ignore_errors=True)
+        elif staging.directory.exists():
+            again = f"start part={part} again" if part else "continue with resume=true"
+            logger.warning("%s keeps what is complete: %s", staging.directory, again)
+        raise
+
+
+def _write(
+    shards: Sequence[Shard], conversion: Conversion, config: ConvertConfig, staging: Staging, on_bytes: OnBytes
+) -> None:
     source = conversion.source
-    identity = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
+    missing = [shard for shard in shards if not staging.has(shard)]
+    on_bytes(sum(shard.nbytes for shard in shards) - sum(shard.nbytes for shard in missing))
+    work = ShardWork(
+        source=source.path.absolute(),
+        stored=source.stored,
+        tensors=conversion.target_tensors(),
+        seed=config.seed,
+        staged=StagedFiles(directory=staging.directory, fingerprint=staging.fingerprint),
+    )
+    processes = min(config.workers, len(missing))
+    if processes > 1:
+        write_in_processes(work, missing, processes, on_bytes)
+    else:
+        work.write(missing, source.read, on_bytes)
+
+
+def _incomplete(part: Part, conversion: Conversion, staging: Staging) -> list[Part]:
+    return [each for each in part.all() if not all(map(staging.has, each.of(conversion.shards)))]
+
+
+def _write_beside(conversion: Conversion, config: ConvertConfig, staging: Staging, hashes: Mapping[str, str]) -> None:
+    """Write everything that is not weights."""
+    if len(conversion.shards) > 1:
+        staging.write_text("model.safetensors.index.json", index_json(conversion.shards))
+    manifest = manifest_json(conversion, config, hashes)
+    staging.write_text(MANIFEST, manifest)
+    staging.write_text("config.json", json.dumps(output_config(conversion), indent=2, sort_keys=True) + "\n")
+    staging.write_text("README.md", model_card(json.loads(manifest), conversion.plan))
+    _auxiliary(conversion, staging)
+
+
+def _fingerprint(conversion: Conversion, config: ConvertConfig) -> str:
+    """What every process that writes some of the output must share, in words that show which of it differs."""
+    source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in conversion.source.files]
     shards = [(shard.file, shard.nbytes) for shard in conversion.shards]
-    text = json.dumps([conversion.plan.fingerprint(), config.seed, identity, shards])
-    return hashlib.sha256(text.encode()).hexdigest()
+    shared = {
+        "plan": conversion.plan.fingerprint()[:DIGITS],
+        "seed": config.seed,
+        "source": _digest(source),
+        "files": _digest(shards),
+        **versions(),
+        "machine": platform.machine(),
+    }
+    return ", ".join(f"{name} {value}" for name, value in shared.items())
 
 
-def _check_disk(needed: int, free: int, output: Path) -> None:
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:DIGITS]
+
+
+def _check_disk(staging: Staging, shards: Sequence[Shard], free: int) -> None:
+    needed = sum(shard.nbytes for shard in shards if not staging.has(shard))
     if needed > free:
         raise OutputError(
             "the disk is too small for the output",
-            found=f"{free / 1e9:.2f} GB free at {output.absolute().parent}",
+            found=f"{free / 1e9:.2f} GB free at {staging.output.parent}",
             expected=f"{needed / 1e9:.2f} GB",
             remedy="free space, write elsewhere, or set dtype=bfloat16 or a smaller moe.expansion",
         )

@@ -48,9 +48,20 @@ def replacing(path: Path) -> Iterator[int]:
     Raises:
         OutputError: the file cannot be created, synced or renamed.
     """
-    draft = path.with_name(path.name + DRAFT_SUFFIX)
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+    with drafting(path, path.with_name(path.name + DRAFT_SUFFIX)) as descriptor:
+        yield descriptor
+
+
+@contextmanager
+def drafting(path: Path, draft: Path) -> Iterator[int]:
+    """Yield the descriptor of `draft`, which becomes `path` once it is complete and on the disk.
+
+    Raises:
+        OutputError: the file cannot be created, synced or renamed.
+    """
+    with output_errors(path):
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
         yield descriptor

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MANIFEST = "upcycle_manifest.json"
 FORMAT = 1
 PACKAGES = ("upcycle", "torch", "transformers", "safetensors")
-WHERE_NOT_WHAT = ("output", "overwrite", "resume", "max_shard_size")
+WHERE_NOT_WHAT = ("output", "overwrite", "resume", "max_shard_size", "workers", "part")
 
 
 def manifest_json(conversion: Conversion, config: ConvertConfig, hashes: Mapping[str, str]) -> str:
@@ -44,12 +44,17 @@ def manifest_json(conversion: Conversion, config: ConvertConfig, hashes: Mapping
         "config": options,
         "seed": config.seed,
         "plan_sha256": conversion.plan.fingerprint(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         "cost": asdict(conversion.cost),
         **{name: described[name] for name in ("target", "why", "moe", "init", "losses", "notes", "scaling", "dropped")},
         "tensors": {name: tensor["from"] for name, tensor in described["tensors"].items()},
     }
     return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """What the values of a checkpoint depend on."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:

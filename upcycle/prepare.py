@@ -11,6 +11,7 @@ from upcycle.calibrate import measured_masses
 from upcycle.checkpoint import Shard, TensorSpec, dtype_bytes, layout_shards
 from upcycle.errors import ConfigError, OutputError
 from upcycle.plan.cost import Cost, cost
+from upcycle.plan.effort import Effort, effort
 from upcycle.plan.plan import Plan, TargetTensor, build_plan
 from upcycle.plan.request import check_init, moe_shape
 from upcycle.plan.scaling import expected_mass
@@ -33,7 +34,8 @@ class Conversion:
     Attributes:
         source: the dense model.
         plan: every tensor to write.
-        cost: what it takes.
+        cost: what it costs, however it runs.
+        effort: what running it takes.
         shards: the files to write.
         free: bytes free where the output goes.
     """
@@ -41,6 +43,7 @@ class Conversion:
     source: DenseSource
     plan: Plan
     cost: Cost
+    effort: Effort
     shards: tuple[Shard, ...]
     free: int
 
@@ -61,6 +64,8 @@ def prepare(config: ConversionConfig, *, execute: bool) -> Conversion:
     check_init(config.init)
     if config.calibration_tokens < 2:
         raise ConfigError("calibration_tokens is out of range", found=config.calibration_tokens, expected="2 or more")
+    if config.workers < 1:
+        raise ConfigError("workers is out of range", found=config.workers, expected="1 or more")
     max_shard_bytes = parse_size("max_shard_size", config.max_shard_size)
     source = open_source(config.source, need_weights=execute)
     if config.output:
@@ -74,11 +79,14 @@ def prepare(config: ConversionConfig, *, execute: bool) -> Conversion:
         masses = measured_masses(source, moe, config.init, seed=config.seed, tokens=config.calibration_tokens)
     plan = build_plan(model, moe, config.init, target, why, dtypes=dtypes, masses=masses, dropped=source.dropped)
     specs = [TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in plan.tensors]
+    shards = layout_shards(specs, max_shard_bytes)
+    counted = cost(plan, model, bytes_per_element={code: dtype_bytes(code) for code in FLOATING})
     return Conversion(
         source=source,
         plan=plan,
-        cost=cost(plan, model, bytes_per_element={code: dtype_bytes(code) for code in FLOATING}),
-        shards=layout_shards(specs, max_shard_bytes),
+        cost=counted,
+        effort=effort(counted, workers=config.workers, files=len(shards)),
+        shards=shards,
         free=free_bytes(expanded(config.output or ".")),
     )
 

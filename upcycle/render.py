@@ -15,6 +15,7 @@ from upcycle.checkpoint import dtype_bytes
 from upcycle.plan.plan import Plan, plan_dict
 
 if TYPE_CHECKING:
+    from upcycle.plan.effort import Effort
     from upcycle.prepare import Conversion
 
 
@@ -25,6 +26,7 @@ def plan_json(conversion: Conversion) -> dict[str, Any]:
         "source": {"given": source.given, "model_type": source.model.family.model_type},
         **plan_dict(conversion.plan),
         "cost": asdict(conversion.cost),
+        "effort": asdict(conversion.effort),
         "disk_free": conversion.free,
         "files": {shard.file: shard.nbytes for shard in conversion.shards},
         "fingerprint": conversion.plan.fingerprint(),
@@ -37,7 +39,7 @@ def plan_table(conversion: Conversion) -> RenderableType:
 
 
 def _summary(conversion: Conversion) -> Table:
-    plan, cost, model = conversion.plan, conversion.cost, conversion.source.model
+    plan, cost, effort, model = conversion.plan, conversion.cost, conversion.effort, conversion.source.model
     table = Table(box=box.SIMPLE, show_header=False, title=f"{conversion.source.path.name} -> {plan.moe.name}")
     moe = plan.moe
     layers = f"{len(moe.layers)} of {model.layers} layers"
@@ -51,13 +53,32 @@ def _summary(conversion: Conversion) -> Table:
         ("step 0", "lossless" if not plan.losses else "not lossless"),
         ("parameters", f"{cost.parameters:,} ({cost.active_parameters:,} active); dense {cost.dense_parameters:,}"),
         ("FLOPs per token", f"{cost.flops_per_token:,} in matrix products forward, {flops:.3f} x dense"),
-        ("to write", f"{cost.bytes_to_write / 1e9:.3f} GB in {len(conversion.shards)} files"),
+        ("to write", f"{cost.bytes_to_write / 1e9:.3f} GB in {_count(len(conversion.shards), 'file')}"),
         ("disk free", f"{conversion.free / 1e9:.1f} GB"),
-        ("peak memory", f"at most {cost.peak_memory / 1e9:.2f} GB anonymous"),
+        ("peak memory", f"at most {effort.peak_memory / 1e9:.2f} GB anonymous, {_count(effort.workers, 'worker')}"),
+        ("time", f"about {duration(effort.estimated_seconds)} on one machine, an extrapolation: {_origin(effort)}"),
     ]
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a person."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:,.1f} h"
+
+
+def _origin(effort: Effort) -> str:
+    rate = effort.extrapolated_from
+    return f"{rate.bytes_per_second / 1e9:.3f} GB/s per worker, measured on {rate.machine}, {rate.date}"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _layers(conversion: Conversion) -> Table:

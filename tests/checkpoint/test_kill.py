@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from upcycle.checkpoint import Staging, TensorSpec, index_json, layout_shards
-from upcycle.checkpoint import writer as writer_module
+from upcycle.checkpoint import staged as staged_module
+from upcycle.checkpoint.lock import CONTROL
 
 # From Python 3.12 on, forking warns wherever torch has started threads; the children here use none of them.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -27,6 +28,7 @@ def convert(output, on_bytes, before_commit=lambda: None):
             if not staging.has(shard):
                 staging.write_shard(shard, lambda spec: TENSORS[spec.name].split(20), on_bytes)
         staging.write_text("model.safetensors.index.json", index_json(SHARDS))
+        staging.write_text("config.json", "{}")
         before_commit()
         staging.commit()
 
@@ -64,7 +66,7 @@ def contents(directory):
 
 @pytest.fixture
 def whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer_module, "PIECE_BYTES", PIECE)
+    monkeypatch.setattr(staged_module, "PIECE_BYTES", PIECE)
     convert(tmp_path / "whole", lambda _: None)
     return contents(tmp_path / "whole")
 
@@ -104,7 +106,7 @@ def test_killed_just_before_the_commit(tmp_path, whole):
 
 @pytest.mark.parametrize("call", range(1, 4))
 def test_killed_inside_the_commit(tmp_path, whole, call, monkeypatch):
-    """Dies before the commit's n-th change: the move of the old output, the record's removal, the final rename."""
+    """Dies before the commit's n-th change: the move of the old output, the final rename, the record's removal."""
     output = tmp_path / "out"
     output.mkdir()
     (output / "config.json").write_text("old")
@@ -115,6 +117,7 @@ def test_killed_inside_the_commit(tmp_path, whole, call, monkeypatch):
                 if not staging.has(shard):
                     staging.write_shard(shard, lambda spec: [TENSORS[spec.name]], lambda _: None)
             staging.write_text("model.safetensors.index.json", index_json(SHARDS))
+            staging.write_text("config.json", "{}")
             hook()
             staging.commit()
 
@@ -136,7 +139,9 @@ def test_killed_inside_the_commit(tmp_path, whole, call, monkeypatch):
             monkeypatch.setattr(path_type, name, counted(getattr(path_type, name)))
 
     assert in_a_child(lambda: replace(arm)) == signal.SIGKILL
-    assert not output.exists() or contents(output) == {"config.json": b"old"}
+    if output.exists():
+        kept = {name: content for name, content in contents(output).items() if name != CONTROL}
+        assert kept == ({"config.json": b"old"} if call == 1 else whole)
     replace(lambda: None)
     assert contents(output) == whole
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from upcycle.checkpoint import Staging, TensorSpec, dtype_code, index_json, layout_shards, open_reader
-from upcycle.checkpoint import writer as writer_module
+from upcycle.checkpoint import staged as staged_module
 from upcycle.errors import OutputError, SourceError
 
 
@@ -66,12 +66,12 @@ def test_every_tensor_lies_aligned(tensors):
     assert len(shard.header()) % 8 == 0
     begin = 0
     for spec in shard.stored_order():
-        assert begin % torch.empty((), dtype=writer_module.torch_dtype(spec.dtype)).element_size() == 0
+        assert begin % torch.empty((), dtype=staged_module.torch_dtype(spec.dtype)).element_size() == 0
         begin += spec.nbytes
 
 
 def test_progress_counts_every_byte_in_small_pieces(tmp_path, tensors, monkeypatch):
-    monkeypatch.setattr(writer_module, "PIECE_BYTES", 16)
+    monkeypatch.setattr(staged_module, "PIECE_BYTES", 16)
     (shard,) = layout_shards(specs_of(tensors), 10**9)
     seen = []
     with start(tmp_path / "out") as staging:
@@ -288,7 +288,7 @@ def test_the_file_system_refuses(tmp_path, tensors, monkeypatch, code, remedy):
 
 def test_a_full_disk():
     with pytest.raises(OutputError, match="No space left on device(.|\n)*free space"):
-        writer_module.write_all(os.open("/dev/full", os.O_WRONLY), b"x", Path("/dev/full"))
+        staged_module.write_all(os.open("/dev/full", os.O_WRONLY), b"x", Path("/dev/full"))
 
 
 def test_an_error_of_the_source_is_not_the_outputs(tmp_path, tensors):

@@ -4,11 +4,20 @@ from upcycle.checkpoint.dtypes import TORCH_DTYPES, code_from_name, dtype_bytes,
 from upcycle.checkpoint.gguf import gguf_config, write_gguf_tokenizer
 from upcycle.checkpoint.hashing import hash_files, sha256_file
 from upcycle.checkpoint.reader import TensorInfo, TensorReader, open_reader, read_index_names
-from upcycle.checkpoint.writer import Shard, Staging, TensorSpec, check_replaceable, index_json, layout_shards
+from upcycle.checkpoint.writer import (
+    Shard,
+    StagedFiles,
+    Staging,
+    TensorSpec,
+    check_replaceable,
+    index_json,
+    layout_shards,
+)
 
 __all__ = [
     "TORCH_DTYPES",
     "Shard",
+    "StagedFiles",
     "Staging",
     "TensorInfo",
     "TensorReader",

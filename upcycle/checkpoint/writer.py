@@ -7,46 +7,38 @@ from __future__ import annotations
 
 import logging
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import torch
-
-from upcycle.checkpoint.dtypes import torch_dtype
 from upcycle.checkpoint.layout import Shard, TensorSpec, index_json, layout_shards
-from upcycle.checkpoint.lock import StagingLock
-from upcycle.errors import OutputError, SourceError
-from upcycle.files import (
-    output_errors,
-    replacing,
-    sync_directory,
-    write_all,
-    write_text,
-    writing_behind,
-)
+from upcycle.checkpoint.lock import StagingLock, drop_drafts, recorded, retire
+from upcycle.checkpoint.renames import check_renames
+from upcycle.checkpoint.staged import StagedFiles
+from upcycle.errors import OutputError
+from upcycle.files import output_errors, sync_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from pathlib import Path
     from types import TracebackType
     from typing import Self
 
-__all__ = ["Shard", "Staging", "TensorSpec", "check_replaceable", "index_json", "layout_shards"]
+__all__ = ["Shard", "StagedFiles", "Staging", "TensorSpec", "check_replaceable", "index_json", "layout_shards"]
 
 _log = logging.getLogger("upcycle")
-# Progress is reported at least this often, however large the chunks are.
-PIECE_BYTES: Final = 16 * 1024**2
+_SAME: Final = "run with the same settings, source and versions, or"
+_CONTINUE: Final = f"{_SAME} start again with overwrite=true and without resume"
+_JOIN: Final = f"{_SAME} delete that directory when no part is running, and start every part again"
 
 
-class Staging:
+class Staging(StagedFiles):
     """The directory that becomes `output` once everything in it is complete.
 
-    Make one with `open`; it is a context manager that releases the lock (and keeps the files) on the way out.
+    Make one with `open` or `join`; it is a context manager that releases the lock (and keeps the files) on the way out.
     """
 
-    def __init__(self, output: Path, lock: StagingLock, *, overwrite: bool) -> None:
+    def __init__(self, output: Path, lock: StagingLock, *, fingerprint: str, overwrite: bool) -> None:
+        super().__init__(directory=lock.directory, fingerprint=fingerprint)
         self.output = output
         self.overwrite = overwrite
-        self.directory = lock.directory
         self._lock = lock
 
     @classmethod
@@ -60,10 +52,11 @@ class Staging:
             resume: continue an interrupted run if there is one.
 
         Raises:
-            OutputError: something is in the way, another process is writing there, or the place is not writable.
+            OutputError: something is in the way, another process is writing there, or the place is not fit for it.
         """
         output = output.resolve()
         check_replaceable(output, overwrite=overwrite)
+        check_renames(output)
         partial = _sibling(output, "partial")
         with output_errors(output):
             found = partial.is_dir()
@@ -78,16 +71,47 @@ class Staging:
                     expected="no earlier run for this output",
                     remedy="continue it with resume=true, or start again with overwrite=true",
                 )
-            if resume and not found:
-                _log.info("nothing to resume at %s: starting from the beginning", output)
-            if resume and found and lock.resumes(fingerprint):
-                lock.drop_drafts()
+            if resume and found and _is_of(partial, fingerprint, _CONTINUE):
+                drop_drafts(partial)
             else:
+                if resume:
+                    _log.info("nothing to resume at %s: starting from the beginning", output)
                 lock.start(fingerprint)
         except BaseException:
             lock.release()
             raise
-        return cls(output, lock, overwrite=overwrite)
+        return cls(output, lock, fingerprint=fingerprint, overwrite=overwrite)
+
+    @classmethod
+    def join(cls, output: Path, *, fingerprint: str, part: str) -> Staging:
+        """Prepare to write a part of `output`, whose other parts other processes write, maybe on other machines.
+
+        What is complete from an interrupted run is kept.
+
+        Args:
+            output: the directory to be made; its parents are made too.
+            fingerprint: identifies the source and the settings, which all parts must share.
+            part: name of the part.
+
+        Raises:
+            OutputError: as `open`; or another part has another fingerprint.
+        """
+        output = output.resolve()
+        check_replaceable(output, overwrite=False)
+        check_renames(output)
+        partial = _sibling(output, "partial")
+        lock = StagingLock.share(partial, fingerprint=fingerprint, part=part)
+        try:
+            if not _is_of(partial, fingerprint, _JOIN):
+                raise OutputError(
+                    f"{partial} does not say what it was started with",
+                    expected="a directory that the parts of one conversion have started",
+                    remedy=_JOIN,
+                )
+        except BaseException:
+            lock.release()
+            raise
+        return cls(output, lock, fingerprint=fingerprint, overwrite=False)
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -103,66 +127,9 @@ class Staging:
         """Release the lock, leaving the files; harmless after `commit`."""
         self._lock.release()
 
-    def has(self, shard: Shard) -> bool:
-        """Return whether the shard is complete from an interrupted run: renamed into place, and of its exact size."""
-        path = self._path(shard.file)
-        return path.is_file() and path.stat().st_size == len(shard.header()) + shard.nbytes
-
-    def write_shard(
-        self,
-        shard: Shard,
-        chunks: Callable[[TensorSpec], Iterable[torch.Tensor]],
-        on_bytes: Callable[[int], None],
-    ) -> None:
-        """Stream one safetensors file, which appears under its name only when complete.
-
-        Args:
-            shard: the file and its tensors.
-            chunks: returns a tensor's pieces in row-major order, contiguous on the CPU and of the tensor's dtype;
-                called once per tensor, wider element types first.
-            on_bytes: called with the number of data bytes just handed on to be written.
-
-        Raises:
-            OutputError: the file cannot be written.
-            AssertionError: the pieces are not the tensor that the shard describes.
-        """
-        path = self._path(shard.file)
-        with replacing(path) as descriptor, writing_behind(descriptor, path) as write:
-            write(memoryview(shard.header()))
-            for spec in shard.stored_order():
-                written = 0
-                for chunk in chunks(spec):
-                    for piece in _pieces(spec, chunk):
-                        write(piece)
-                        written += len(piece)
-                        on_bytes(len(piece))
-                if written != spec.nbytes:
-                    raise AssertionError(f"{spec.name}: the chunks hold {written} bytes, not {spec.nbytes}")
-
-    def write_text(self, name: str, text: str) -> None:
-        """Write a UTF-8 file of that name (a relative path is allowed).
-
-        Raises:
-            OutputError: the file cannot be written.
-        """
-        write_text(self._path(name), text)
-
-    def copy_file(self, source: Path, name: str) -> None:
-        """Copy a file under that name (a relative path is allowed).
-
-        Raises:
-            SourceError: the source cannot be read.
-            OutputError: the copy cannot be written.
-        """
-        path = self._path(name)
-        with replacing(path) as descriptor:
-            try:
-                stream = source.open("rb")
-            except OSError as error:
-                raise SourceError(f"cannot read {source}", found=error.strerror) from error
-            with stream:
-                while piece := stream.read(PIECE_BYTES):
-                    write_all(descriptor, piece, path)
+    def committed(self) -> bool:
+        """Return whether the output is there; another process with the same part of it may have been faster."""
+        return self.output.exists() and not self.directory.exists()
 
     def commit(self) -> None:
         """Make the staged directory the output, in one rename; an existing output is moved aside and then deleted.
@@ -180,35 +147,18 @@ class Staging:
             if replaced:
                 self.output.rename(old)
             try:
-                self._lock.retire()
                 self.directory.rename(self.output)
             except OSError:
                 if replaced:
                     old.rename(self.output)
                 raise
+        retire(self.output)
         sync_directory(self.output.parent)
         self._lock.release()
         if replaced:
             shutil.rmtree(old, ignore_errors=True)
         if old.exists():
             _log.warning("%s is in place, but the old one could not be deleted: remove %s", self.output, old)
-
-    def _path(self, name: str) -> Path:
-        relative = Path(name)
-        assert not relative.is_absolute(), name
-        assert ".." not in relative.parts, name
-        return self.directory / relative
-
-
-def _pieces(spec: TensorSpec, chunk: torch.Tensor) -> Iterable[memoryview]:
-    """Return views of a chunk's bytes, copying nothing."""
-    if chunk.dtype != torch_dtype(spec.dtype) or not chunk.is_contiguous() or chunk.device.type != "cpu":
-        raise AssertionError(
-            f"{spec.name}: a chunk is {chunk.dtype} on {chunk.device} with strides {chunk.stride()}, "
-            f"not contiguous {spec.dtype} on the CPU"
-        )
-    view = chunk.detach().reshape(-1).view(torch.uint8).numpy().data
-    return (view[start : start + PIECE_BYTES] for start in range(0, len(view), PIECE_BYTES))
 
 
 def _sibling(output: Path, role: str) -> Path:
@@ -249,3 +199,20 @@ def _recover(output: Path) -> None:
         elif old.exists():
             old.rename(output)
             _log.info("restored %s, which a killed run had moved aside", output)
+
+
+def _is_of(partial: Path, fingerprint: str, remedy: str) -> bool:
+    """Return whether a staging directory holds work of this run; False if it was killed before or after its work.
+
+    Raises:
+        OutputError: it holds that of another one.
+    """
+    found = recorded(partial)
+    if found not in (None, fingerprint):
+        raise OutputError(
+            f"{partial} was started with other settings or another source",
+            found=f"fingerprint {found}",
+            expected=f"fingerprint {fingerprint}",
+            remedy=remedy,
+        )
+    return found is not None

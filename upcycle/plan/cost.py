@@ -26,7 +26,7 @@ class Cost:
         bytes_to_write: tensor bytes of the output.
         dense_flops_per_token: forward, products with weights (2 per weight), head included, attention scores not.
         flops_per_token: the same for the MoE.
-        peak_memory: bytes of anonymous memory that `convert` needs at most.
+        peak_memory: bytes of anonymous memory that a process of `convert` needs at most.
     """
 
     dense_parameters: int

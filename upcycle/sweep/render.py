@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from upcycle.render import duration
 from upcycle.sweep.job import FINISHED, status_of
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def plan_table(plan: SweepPlan, *, free: int) -> RenderableType:
     for column in ("model", "M parameters", "steps", "M tokens", "FLOPs", "time"):
         arms.add_column(column, justify="left" if column == "model" else "right")
     for name, each in plan.estimates.items():
-        time = _time(each.flops / sweep.flops_per_second)
+        time = duration(each.flops / sweep.flops_per_second)
         counts = (f"{each.parameters / 1e6:,.2f}", f"{each.steps:,}", f"{each.tokens / 1e6:,.3g}", f"{each.flops:.3g}")
         arms.add_row(name, each.model, *counts, time)
     return Group(questions, arms, *(Text(line) for line in _totals(plan, free)))
@@ -47,7 +48,7 @@ def _totals(plan: SweepPlan, free: int) -> list[str]:
     finished = sum(status_of(job.directory) == FINISHED for job in plan.jobs)
     lines = [
         f"{len(plan.jobs)} runs ({len(plan.arms)} arms, seeds {', '.join(map(str, plan.seeds))}), {finished} finished",
-        f"{plan.flops:.3g} FLOPs, {_time(plan.flops / sweep.flops_per_second)} one after the other at "
+        f"{plan.flops:.3g} FLOPs, {duration(plan.flops / sweep.flops_per_second)} one after the other at "
         f"{sweep.flops_per_second:.3g} FLOP/s",
         f"{plan.disk / 1e9:.2f} GB of checkpoints, {free / 1e9:.1f} GB free",
     ]
@@ -81,11 +82,3 @@ def unfinished(ended: Sequence[Ending]) -> str:
         parts.append(f"{each.job.arm}, seed {each.job.seed} ({each.status or 'not started'}): {each.job.directory}")
         parts += [textwrap.indent(line, "  ") for line in each.error]
     return "\n".join(parts)
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 2 * 3600:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:,.1f} h"

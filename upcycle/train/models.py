@@ -206,11 +206,13 @@ def conversion_request(config: TrainConfig) -> ConvertConfig:
         dtype="float32",
         seed=config.seed,
         max_shard_size="5GB",
+        workers=1,
         calibration_tokens=config.calibration_tokens,
         moe=config.moe,
         init=config.init,
         overwrite=False,
         resume=False,
+        part=None,
     )
 
 

@@ -25,11 +25,16 @@ def on_ranks(ranks: int, jobs: Sequence[dict[str, Any]], directory: Path) -> Non
 
 def torchrun(ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
     """Start a program on every rank."""
-    launcher = str(Path(sys.executable).with_name("torchrun"))
     return subprocess.run(
-        [launcher, "--standalone", f"--nproc-per-node={ranks}", *command],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent.parent)},
+        ["torchrun", "--standalone", f"--nproc-per-node={ranks}", *command],
+        env={**environment(), "PYTHONPATH": str(WORKER.parent.parent.parent)},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def environment() -> dict[str, str]:
+    """The variables of a user whose virtual environment is active, with one thread for each rank."""
+    programs = Path(sys.executable).parent
+    return {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from documents import commands
+from launching import environment
 
 if TYPE_CHECKING:
     import pytest
@@ -23,13 +22,11 @@ SHORTER = {"budget.tokens=4e6": "budget.tokens=16384 validation.windows=4 data.c
 def test_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").symlink_to(ROOT / "models")
-    programs = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     assert [shlex.split(line)[0] for line in LINES] == ["torchrun", "torchrun", "upcycle"]
     for line in LINES:
         for given, replacement in SHORTER.items():
             line = line.replace(given, replacement)
-        ended = subprocess.run(shlex.split(line), env=environment, capture_output=True, text=True, check=False)
+        ended = subprocess.run(shlex.split(line), env=environment(), capture_output=True, text=True, check=False)
         assert ended.returncode == 0, f"{line}\n{ended.stdout}\n{ended.stderr}"
     record = json.loads((tmp_path / "runs/ep/run.json").read_text())
     assert record["status"] == "finished"

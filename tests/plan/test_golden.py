@@ -21,13 +21,13 @@ SHARED = ("llama", "gemma", "gpt2")  # planned with a shared expert and in one l
 
 
 def plan_of(name, source):
-    """The plan without what depends on the machine or on transformers' version: disk, paths, and the dense config.
+    """The plan without what depends on the machine or on transformers' version: disk, effort, paths, the dense config.
 
     Nor the fingerprint, which hashes the config; tests/arch/test_targets.py shows that the dense config is kept whole.
     """
     changes = {"shared_experts": 1, "layers": [1]} if name in SHARED else {}
     plan = plan_json(prepare(options(source, "output", **changes), execute=False))
-    del plan["disk_free"], plan["fingerprint"], plan["source"]["given"]
+    del plan["disk_free"], plan["effort"], plan["fingerprint"], plan["source"]["given"]
     plan["config"].pop("text_config", None)
     return json.loads(json.dumps(plan))
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SMALL = ("moe.expansion=2", "moe.granularity=2", "moe.top_k=2")  # E2G2T2: 4 experts
+SHARD = "max_shard_size=2KB"
 
 
 @dataclass(frozen=True, kw_only=True)

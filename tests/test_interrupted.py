@@ -18,80 +18,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from cli import SMALL, Outcome, command, contents, edit_tensor
+from cli import SHARD, SMALL, command, contents, edit_tensor
 from safetensors.torch import save_file
+from slowly import Run, weight_bytes
 
 from upcycle import files as file_operations
-from upcycle.cli import main
 from upcycle.materialise import Materialiser
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytest_plugins = ["tiny"]
-
-SHARD = "max_shard_size=2KB"
-# A conversion in a process whose every write of data waits a little, so that a signal meets it in the middle.
-SLOWLY = """
-import os, signal, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that put the tests into the background ignores it
-from upcycle.checkpoint import writer
-whole = writer.write_all
-def write_all(descriptor, data, path):
-    time.sleep({seconds})
-    whole(descriptor, data, path)
-writer.write_all = write_all
-from upcycle.cli import main
-main()
-"""
-
-
-class Run:
-    """A conversion in a process of its own."""
-
-    def __init__(self, *arguments: object, cwd: Path, seconds: float) -> None:
-        line = [sys.executable, "-c", SLOWLY.format(seconds=seconds), "convert", *map(str, arguments)]
-        self.process = subprocess.Popen(
-            line, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-
-    def wait_for_bytes(self, staging: Path, count: int) -> None:
-        """Wait until the staging directory's weights have so many bytes, finished and unfinished files together."""
-        deadline = time.monotonic() + 60
-        while sum(size for file in staging.glob("model-*") if (size := size_of(file))) < count:
-            assert self.process.poll() is None, self.process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-
-    def end(self, with_signal: signal.Signals) -> Outcome:
-        self.process.send_signal(with_signal)
-        out, err = self.process.communicate(timeout=60)
-        return Outcome(status=self.process.returncode, out=out, err=err)
-
-
-def size_of(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except FileNotFoundError:  # renamed from draft to final name since the listing
-        return 0
-
-
-@pytest.fixture(scope="module")
-def whole(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The uninterrupted conversion."""
-    output = tmp_path_factory.mktemp("whole") / "output"
-    line = ["upcycle", "convert", f"source={tiny_llama}", f"output={output}", *SMALL, SHARD]
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sys, "argv", line)
-        with pytest.raises(SystemExit) as ended:
-            main()
-    assert ended.value.code == 0
-    assert len(list(output.glob("model-*"))) > 8
-    return output
-
-
-def weight_bytes(directory: Path) -> int:
-    return sum(file.stat().st_size for file in directory.glob("model-*"))
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from cli import Outcome
+from cli import SHARD, SMALL, Outcome
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from upcycle.cli import main
@@ -73,3 +73,17 @@ def upcycle(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         return Outcome(status=status, out=printed.out, err=printed.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def whole(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The conversion of the tiny Llama to E2G2T2 in many files, uninterrupted and by one process."""
+    output = tmp_path_factory.mktemp("whole") / "output"
+    line = ["upcycle", "convert", f"source={tiny_llama}", f"output={output}", *SMALL, SHARD]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", line)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert ended.value.code == 0
+    assert len(list(output.glob("model-*"))) > 8
+    return output

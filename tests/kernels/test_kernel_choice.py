@@ -132,10 +132,3 @@ def test_a_gate_of_its_own_is_refused_by_megablocks(monkeypatch):
 def test_a_dense_model_is_refused():
     with pytest.raises(ConfigError, match=r"no experts[\s\S]*LlamaForCausalLM"):
         install_kernel(build_dense("llama"), "auto", device=CPU, dtype=torch.float32)
-
-
-def test_a_model_that_ignores_the_choice_is_refused(monkeypatch):
-    model = build("mixtral", torch.float32)
-    monkeypatch.setattr(type(model), "_can_set_experts_implementation", classmethod(lambda cls: False))
-    with pytest.raises(ConfigError, match="does not let this model choose"):
-        install_kernel(model, "loop", device=CPU, dtype=torch.float32)

@@ -23,6 +23,8 @@ def main() -> None:
     options = parser.parse_args()
     config = AutoConfig.from_pretrained(options.config)
     for name in WIDTHS:
+        if getattr(config, name) % options.shrink:
+            parser.error(f"--shrink={options.shrink} does not divide {name}, which is {getattr(config, name)}")
         setattr(config, name, getattr(config, name) // options.shrink)
     config.num_hidden_layers = options.layers
     config.bos_token_id, config.eos_token_id = 1, 2  # those of the large model lie beyond the vocabulary

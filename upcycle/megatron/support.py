@@ -50,7 +50,7 @@ def check_model(config: Any, moe: MoeDescription) -> None:
         "attention_bias": getattr(config, "attention_bias", False),
         "hidden_act": config.hidden_act != "silu" and config.hidden_act,
         "layers without experts": moe.layer_count - len(moe.layers),
-        "num_experts_per_tok=1 with topk_softmax": moe.top_k == 1 and moe.router_order == "topk_softmax",
+        "num_experts_per_tok": moe.top_k == 1 and moe.router_order == "topk_softmax" and "1 with topk_softmax",
     }
     if moe.model_type == "olmoe":
         lost |= {
@@ -62,8 +62,8 @@ def check_model(config: Any, moe: MoeDescription) -> None:
     for name, found in lost.items():
         if found:
             raise SourceError(
-                f"Megatron-Bridge {BRIDGE} would lose {name} of {moe.model_type}",
-                found=f"{name}={found}" if "=" not in name and " " not in name else name,
+                f"Megatron-Bridge {BRIDGE} cannot take {name} of {moe.model_type}",
+                found=f"{name}={found}",
                 remedy="train it with this library: upcycle train model=checkpoint",
             )
 

@@ -55,7 +55,15 @@ def test_the_files_pass_the_linter_and_the_type_checker(sources: dict[str, Path]
     ruff = [sys.executable, "-m", "ruff"]
     for check in (["check", "--no-cache"], ["format", "--check", "--no-cache"]):
         subprocess.run([*ruff, *check, "--config", ROOT / "pyproject.toml", *directories], check=True)
-    mypy = [sys.executable, "-m", "mypy", "--config-file=", "--ignore-missing-imports", "--disallow-untyped-defs"]
+    mypy = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file=",
+        "--ignore-missing-imports",
+        "--follow-imports=skip",
+        "--disallow-untyped-defs",
+    ]
     for directory in directories:
         subprocess.run([*mypy, f"--cache-dir={tmp_path}/cache", "."], cwd=directory, check=True)
 
@@ -163,7 +171,7 @@ IMPOSSIBLE: dict[str, tuple[str, dict[str, Any], str]] = {
     "nodes": ("mixtral", {"nodes": 0}, "nodes is out of range"),
     "ep": ("mixtral", {"parallel": folding(ep=16), "nodes": 2}, "parallel.ep does not divide the experts"),
     "world": ("mixtral", {"parallel": folding(tp=2, cp=3)}, "does not fit the number of GPUs"),
-    "batch": ("mixtral", {"workload": RecipeConfig(sequences=3)}, "no layout fits"),
+    "batch": ("mixtral", {"workload": RecipeConfig(sequences=3), "parallel": folding()}, "cannot be shared out evenly"),
     "olmoe": ("olmoe", {"parallel": folding(tp=2)}, "TP cannot split"),
 }
 

@@ -4,9 +4,11 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 CAMPAIGN := budget egt initialization router_order lr_reset balancing
 RECIPE := recipe recipe_confirmed
+PYTHON312 ?= python3.12
+MEGATRON := megatron-core==0.19.2 megatron-bridge==0.6.2
 MEGABLOCKS := megablocks==0.10.0 stanford-stk==0.7.1
 
-.PHONY: demo test quick bench campaign notebooks install-megablocks clean
+.PHONY: demo test quick test-megatron bench campaign notebooks install-megablocks clean
 
 demo: $(VENV)/installed ## the main job on a real model
 	$(BIN)/python examples/demo.py
@@ -19,6 +21,11 @@ test: $(VENV)/developing ## lint, types, tests
 
 quick: $(VENV)/developing ## the tests that take seconds
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-megatron: $(VENV)/developing ## recipes against the real packages, in an environment of their own
+	$(PYTHON312) -m venv $(VENV)/megatron
+	$(VENV)/megatron/bin/python -m pip install --quiet --no-deps $(MEGATRON)
+	MEGATRON_PYTHON=$(abspath $(VENV))/megatron/bin/python $(BIN)/python -m pytest tests/megatron/test_with_megatron.py
 
 bench: $(VENV)/installed ## conversion against a plain write of the same bytes
 	$(BIN)/python benchmarks/convert.py

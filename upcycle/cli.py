@@ -123,10 +123,11 @@ COMMANDS = {
         positional="path",
     ),
     "export": Command(
-        summary="a trained run as a Hugging Face checkpoint",
+        summary="a trained run as a Hugging Face checkpoint, or with a recipe for Megatron-Bridge",
         options=training.ExportConfig,
         function="upcycle.commands:export",
-        paths=("run", "output"),
+        paths=("run", "moe", "output"),
+        files=("gpu",),
     ),
     "evaluate": Command(
         summary="loss on held-out text by domain, and tasks of the lm-evaluation-harness",

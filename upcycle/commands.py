@@ -143,10 +143,11 @@ def report(config: ReportConfig) -> int:
 
 
 def export(config: ExportConfig) -> int:
-    """`upcycle export`: write the trained model as a checkpoint."""
+    """`upcycle export`: write the trained model as a checkpoint, or with a recipe for Megatron-Bridge."""
+    from upcycle.megatron.export import export_recipe
     from upcycle.train.export import export as run
 
-    print(f"wrote {run(config)}")
+    print(f"wrote {export_recipe(config) if config.format == 'megatron-bridge' else run(config)}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The commands of docs/scaling.md that train on many ranks, as a user gives them, with a smaller budget."""
+"""The commands of docs/scaling.md that do more than plan, as a user gives them, with a smaller budget."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHORTER = {"budget.tokens=4e6": "budget.tokens=16384 validation.windows=4 data.c
 def test_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").symlink_to(ROOT / "models")
-    assert [shlex.split(line)[0] for line in LINES] == ["torchrun", "torchrun", "upcycle"]
+    assert [shlex.split(line)[0] for line in LINES] == ["torchrun", "torchrun", "upcycle", "upcycle", "upcycle"]
     for line in LINES:
         for given, replacement in SHORTER.items():
             line = line.replace(given, replacement)
@@ -33,3 +33,4 @@ def test_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(record["ranks"]) == 2
     assert all(rank["bytes_read"] and rank["peak_memory"] for rank in record["ranks"])
     assert (tmp_path / "runs/moe/config.json").is_file()
+    assert (tmp_path / "recipe/mixtral_bridge.py").is_file()

@@ -88,6 +88,9 @@ def _gpu_kind(plain: Any) -> str:
     return "file" if "file" in plain else "gpu"
 
 
+AnyGpu = Annotated[Annotated[Gpu, Tag("gpu")] | Annotated[GpuFile, Tag("file")], Discriminator(_gpu_kind)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(ConversionConfig):
     """`upcycle plan`.
@@ -103,7 +106,7 @@ class PlanConfig(ConversionConfig):
 
     format: str
     parallel: AnyParallel | None
-    gpu: Annotated[Annotated[Gpu, Tag("gpu")] | Annotated[GpuFile, Tag("file")], Discriminator(_gpu_kind)]
+    gpu: AnyGpu
     nodes: int
     search: bool
     workload: WorkloadConfig

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from upcycle.moe_config import MoeDescription
     from upcycle.prepare import Conversion
 
 WeightKind = Literal["dense", "shared", "expert"]
@@ -160,4 +161,25 @@ def conversion_sizes(conversion: Conversion) -> ModelSizes:
         norms=norms,
         qkv_bias=backbone.attention_bias != "none",
         qk_norm=backbone.qk_norm == "head",
+    )
+
+
+def checkpoint_sizes(config: Any, moe: MoeDescription) -> ModelSizes:
+    """The sizes of a checkpoint of a native MoE type, from its transformers configuration."""
+    heads = config.num_attention_heads
+    return ModelSizes(
+        layers=moe.layer_count,
+        moe_layers=len(moe.layers),
+        hidden=moe.hidden_size,
+        heads=heads,
+        kv_heads=config.num_key_value_heads,
+        head_size=getattr(config, "head_dim", None) or moe.hidden_size // heads,
+        ffn_width=config.intermediate_size,
+        experts=moe.experts,
+        top_k=moe.top_k,
+        expert_width=moe.expert_width,
+        shared_width=moe.shared_width,
+        vocab=moe.vocabulary,
+        tied=config.tie_word_embeddings,
+        qk_norm=moe.model_type == "qwen3_moe",
     )

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from upcycle.config import STRICT, InitConfig, MoeConfig
 from upcycle.data.config import DataConfig
-from upcycle.parallel.config import AnyParallel
+from upcycle.parallel.config import AnyGpu, AnyParallel, FoldingConfig
 from upcycle.routing.config import BalanceConfig, RouterConfig
 from upcycle.tracking.config import WandbConfig
 
@@ -199,6 +199,25 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """`workload.*` of `upcycle export`: the training step of a recipe; null is what the run or training has.
+
+    Attributes:
+        sequences: per optimizer step, over all ranks and micro-batches.
+        micro: sequences per forward pass and rank; 1 where the run has none.
+        sequence_length: tokens per sequence.
+        activation_checkpointing: recompute the activations of every layer in the backward pass.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
+
+    sequences: int | None = None
+    micro: int | None = None
+    sequence_length: int | None = None
+    activation_checkpointing: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """`upcycle export`.
 
@@ -208,12 +227,26 @@ class ExportConfig:
         checkpoint: last or best.
         dtype: float32, bfloat16 or float16.
         overwrite: replace an existing output.
+        format: huggingface; or megatron-bridge, with a recipe beside the checkpoint. What follows is for that.
+        moe: directory of a MoE checkpoint, instead of a run.
+        steps: optimizer steps of the recipe; null takes the run's.
+        parallel: the folding; null is the best that fits.
+        gpu: what it runs on.
+        nodes: of `gpu.gpus_per_node` GPUs.
+        workload: the training step.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = STRICT
 
-    run: str
+    run: str | None
     output: str
     checkpoint: Literal["last", "best"]
     dtype: Literal["float32", "bfloat16", "float16"]
     overwrite: bool
+    format: Literal["huggingface", "megatron-bridge"] = "huggingface"
+    moe: str | None = None
+    steps: int | None = None
+    parallel: FoldingConfig | None = None
+    gpu: AnyGpu | None = None
+    nodes: int = 1
+    workload: RecipeConfig = RecipeConfig()

@@ -14,7 +14,7 @@ from torch import nn
 from upcycle.arch.targets import TARGETS
 from upcycle.card import trained_card
 from upcycle.checkpoint import Staging
-from upcycle.errors import OutputError
+from upcycle.errors import ConfigError, OutputError
 from upcycle.load import quietly
 from upcycle.manifest import FORMAT, MANIFEST
 from upcycle.model_config import load_config
@@ -28,6 +28,7 @@ from upcycle.train.checkpoints import read_checkpoint
 from upcycle.train.config import ExportConfig, TrainConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -36,14 +37,20 @@ PREFIX = "model."
 KEPT = ("train/loss", "val/loss", "train/tokens", "train/flops")
 
 
-def export(config: ExportConfig) -> Path:
-    """Write the checkpoint, and load it again to compare every tensor.
+def export(config: ExportConfig, *, beside: Mapping[str, str] | None = None) -> Path:
+    """Write a run's checkpoint, and load it again to compare every tensor.
+
+    Args:
+        config: the options; those of a recipe are not looked at.
+        beside: texts of further files, by name.
 
     Raises:
         SourceError: there is no run, or no checkpoint in it.
         ConfigError: the model's type cannot store how it was routed; names the option.
         OutputError: the output cannot be written, or does not load as what was trained.
     """
+    if config.run is None:
+        raise ConfigError("nothing to export", found="run=null", expected="run=DIR", remedy="add run=DIR")
     directory, output = expanded(config.run), expanded(config.output)
     check_apart(directory, output)
     run = read_run(directory)
@@ -62,10 +69,26 @@ def export(config: ExportConfig) -> Path:
             manifest = {"format": FORMAT, **run["manifest"], "training": _training(run, content, config)}
             staging.write_text(MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
             card = trained_card(manifest, model_type=model.config.model_type, parameters=model.num_parameters())
-            staging.write_text("README.md", card)
+            for name, text in {"README.md": card, **(beside or {})}.items():
+                staging.write_text(name, text)
             _check_loads(staging.directory, model, dtype)
             staging.commit()
     return output
+
+
+def exported_config(description: Path, trained: TrainConfig, manifest: dict[str, Any]) -> Any:
+    """The transformers configuration of an exported run, which says how it routes.
+
+    Raises:
+        ConfigError: the model's type cannot store that; names the option.
+    """
+    config = load_config(description)
+    target = TARGETS.get(config.model_type)
+    if target:
+        moe = describe_config(target, config, manifest)
+        for name, value in export_fields(moe, trained.router, trained.balance).items():
+            setattr(config, name, value)
+    return config
 
 
 def _model(
@@ -73,13 +96,8 @@ def _model(
 ) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    transformers_config = load_config(description)
-    target = TARGETS.get(transformers_config.model_type)
-    if target:
-        moe = describe_config(target, transformers_config, manifest)
-        for name, value in export_fields(moe, trained.router, trained.balance).items():
-            setattr(transformers_config, name, value)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(transformers_config, dtype=torch.float32)
+    exported = exported_config(description, trained, manifest)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(exported, dtype=torch.float32)
     own = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
     model.load_state_dict(own)
     model.eval()

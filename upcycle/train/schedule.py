@@ -50,8 +50,8 @@ def check_schedule(schedule: ScheduleConfig, *, steps: int) -> None:
     checks = [
         ("peak", schedule.peak, schedule.peak > 0, "above 0"),
         ("final", schedule.final, 0 <= schedule.final <= schedule.peak, "0 to schedule.peak"),
-        ("warmup", schedule.warmup, 0 <= _length(schedule.warmup, steps) <= steps, f"at most the {steps} steps"),
-        ("decay", schedule.decay, 0 <= _length(schedule.decay, steps) <= steps, f"at most the {steps} steps"),
+        ("warmup", schedule.warmup, 0 <= in_steps(schedule.warmup, steps) <= steps, f"at most the {steps} steps"),
+        ("decay", schedule.decay, 0 <= in_steps(schedule.decay, steps) <= steps, f"at most the {steps} steps"),
         ("steps", schedule.steps, schedule.steps is None or schedule.steps > 0, "above 0"),
         ("tokens", schedule.tokens, schedule.tokens is None or schedule.tokens > 0, "above 0"),
     ]
@@ -74,24 +74,29 @@ def learning_rate(schedule: ScheduleConfig, step: int, *, steps: int, tokens_per
         steps: of the whole budget.
         tokens_per_step: tokens of one optimizer step.
     """
-    warmup = _length(schedule.warmup, steps)
+    warmup = in_steps(schedule.warmup, steps)
     if step < warmup:
         return schedule.peak * (step + 1) / warmup
     match schedule.name:
         case "constant":
             return schedule.peak
         case "wsd":
-            decay = _length(schedule.decay, steps)
+            decay = in_steps(schedule.decay, steps)
             left = min(1.0, (steps - step) / decay) if decay else 1.0
             return schedule.final + (schedule.peak - schedule.final) * left
-        case "cosine":
-            length = steps
-        case "reset":
-            in_tokens = round(schedule.tokens / tokens_per_step) if schedule.tokens else None
-            length = schedule.steps or in_tokens or steps
+    length = cosine_steps(schedule, steps=steps, tokens_per_step=tokens_per_step)
     progress = min(1.0, (step - warmup) / max(1, length - warmup))
     return schedule.final + (schedule.peak - schedule.final) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def _length(value: float, steps: int) -> int:
+def cosine_steps(schedule: ScheduleConfig, *, steps: int, tokens_per_step: int) -> int:
+    """Steps from the start to the end of the cosine, the warm-up among them."""
+    if schedule.name != "reset":
+        return steps
+    in_tokens = round(schedule.tokens / tokens_per_step) if schedule.tokens else None
+    return schedule.steps or in_tokens or steps
+
+
+def in_steps(value: float, steps: int) -> int:
+    """A number of steps that is given as such, or below 1 as a share of the budget."""
     return round(value * steps if value < 1 else value)

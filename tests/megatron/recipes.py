@@ -1,0 +1,74 @@
+"""What the tests of recipes share: tiny checkpoints of types with a bridge, requests, what a recipe sets."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+from pathlib import Path
+from typing import Any
+
+import models
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from upcycle.parallel.config import FoldingConfig
+from upcycle.parallel.gpu import Gpu
+from upcycle.train.config import ExportConfig, RecipeConfig
+
+EXPERTS = 8
+TYPES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": EXPERTS, "moe_intermediate_size": 12, "head_dim": 8, "norm_topk_prob": True},
+    "olmoe": {"num_experts": EXPERTS, "num_key_value_heads": 4, "norm_topk_prob": False},
+    "mixtral": {"num_local_experts": EXPERTS, "sliding_window": None},
+}
+
+
+def checkpoint(model_type: str, directory: Path, *, tokenizer: Path, **fields: Any) -> Path:
+    """A checkpoint with random weights, and the tokenizer of another one."""
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    config = AutoConfig.for_model(model_type, **{**sizes, **TYPES[model_type], **fields})
+    torch.manual_seed(0)
+    models.save(AutoModelForCausalLM.from_config(config), directory)
+    for file in tokenizer.glob("tokenizer*"):
+        shutil.copy(file, directory)
+    return directory
+
+
+def request(output: Path, *, run: Path | None = None, moe: Path | None = None, **changes: Any) -> ExportConfig:
+    """Options of a recipe of 10 steps of 64 sequences, on 8 GPUs."""
+    given = {
+        "parallel": FoldingConfig(tp=None, cp=None, pp=None, etp=None, ep=None),
+        "gpu": Gpu(name="h100", memory=80e9, flops=1e15, hbm=3e12, nvlink=450e9, network=50e9, gpus_per_node=8),
+        "steps": 10,
+        "workload": RecipeConfig(sequences=64),
+    }
+    return ExportConfig(
+        run=str(run) if run else None,
+        moe=str(moe) if moe else None,
+        output=str(output),
+        checkpoint="last",
+        dtype="float32",
+        overwrite=False,
+        format="megatron-bridge",
+        **{**given, **changes},
+    )
+
+
+def assignments(recipe: Path | ast.Module) -> dict[str, Any]:
+    """The literal values in a recipe, by the name of the variable, attribute or keyword that they are given to."""
+    tree = ast.parse(recipe.read_text()) if isinstance(recipe, Path) else recipe
+    pairs: list[tuple[str, ast.expr]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            target = node.targets[0]
+            pairs.append((target.attr if isinstance(target, ast.Attribute) else ast.unparse(target), node.value))
+        elif isinstance(node, ast.keyword) and node.arg:
+            pairs.append((node.arg, node.value))
+    found = {}
+    for name, value in pairs:
+        try:
+            found[name] = ast.literal_eval(value)
+        except ValueError:
+            continue
+    return found

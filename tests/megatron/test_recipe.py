@@ -1,0 +1,222 @@
+"""Recipes without Megatron: what the files say, who is refused, and that the checkpoint is the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import training
+from cli import process
+from models import token_ids
+from recipes import EXPERTS, TYPES, assignments, checkpoint, request
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from upcycle.errors import ConfigError, SourceError, UpcycleError
+from upcycle.megatron.export import export_recipe
+from upcycle.parallel.config import FoldingConfig
+from upcycle.train.config import RecipeConfig
+from upcycle.train.export import export
+
+if TYPE_CHECKING:
+    from upcycle.train.config import ExportConfig
+
+pytest_plugins = ("text_model",)
+ROOT = Path(__file__).parents[2]
+FOLDING = FoldingConfig(tp=2, cp=1, pp=2, etp=1, ep=4)
+MOE_RUN = ("model=upcycle", *training.SMALL_MOE, "target=mixtral", "moe.router_order=topk_softmax")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory, text_model: Path) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("moe")
+    return {name: checkpoint(name, root / name, tokenizer=text_model) for name in TYPES}
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_the_checkpoint_is_the_source(sources: dict[str, Path], tmp_path: Path, model_type: str) -> None:
+    directory = export_recipe(request(tmp_path / "out", moe=sources[model_type]))
+    models = [AutoModelForCausalLM.from_pretrained(each).eval() for each in (sources[model_type], directory)]
+    with torch.no_grad():
+        expected, found = (model(token_ids()).logits for model in models)
+    assert torch.equal(found, expected)
+    assert AutoTokenizer.from_pretrained(directory)("def f(): pass")["input_ids"]
+
+
+def test_the_files_pass_the_linter_and_the_type_checker(sources: dict[str, Path], tmp_path: Path) -> None:
+    directories = [export_recipe(request(tmp_path / name, moe=source)) for name, source in sources.items()]
+    assert (tmp_path / "mixtral" / "mixtral_bridge.py").exists()
+    assert not (tmp_path / "olmoe" / "mixtral_bridge.py").exists()
+    ruff = [sys.executable, "-m", "ruff"]
+    for check in (["check", "--no-cache"], ["format", "--check", "--no-cache"]):
+        subprocess.run([*ruff, *check, "--config", ROOT / "pyproject.toml", *directories], check=True)
+    mypy = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file=",
+        "--ignore-missing-imports",
+        "--follow-imports=skip",
+        "--disallow-untyped-defs",
+    ]
+    for directory in directories:
+        subprocess.run([*mypy, f"--cache-dir={tmp_path}/cache", "."], cwd=directory, check=True)
+
+
+def test_the_recipe_has_the_folding_that_was_asked_for(sources: dict[str, Path], tmp_path: Path) -> None:
+    asked = request(tmp_path / "out", moe=sources["mixtral"], parallel=FOLDING, nodes=2)
+    found = assignments(export_recipe(asked) / "recipe.py")
+    degrees = ("tensor_model", "context", "pipeline_model", "expert_tensor", "expert_model")
+    assert [found[f"{name}_parallel_size"] for name in degrees] == [2, 1, 2, 1, 4]
+    assert found["sequence_parallel"] is True
+    assert found["global_batch_size"] == 64
+
+
+def test_the_best_folding_is_chosen_where_none_is_given(sources: dict[str, Path], tmp_path: Path) -> None:
+    free = FoldingConfig(tp=None, cp=None, pp=None, etp=None, ep=EXPERTS)
+    found = assignments(export_recipe(request(tmp_path / "out", moe=sources["qwen3_moe"], parallel=free)) / "recipe.py")
+    assert found["expert_model_parallel_size"] == EXPERTS
+    assert found["expert_tensor_parallel_size"] == 1
+
+
+def test_the_job_has_the_nodes_and_parses(sources: dict[str, Path], tmp_path: Path) -> None:
+    script = export_recipe(request(tmp_path / "out", moe=sources["mixtral"], nodes=2)) / "train.sbatch"
+    subprocess.run(["bash", "-n", script], check=True)
+    text = script.read_text()
+    assert "#SBATCH --nodes=2\n" in text
+    assert "#SBATCH --gpus-per-node=8\n" in text
+    assert "--nnodes=2 --nproc-per-node=8" in text
+    assert "#SBATCH --requeue\n" in text
+
+
+@pytest.mark.parametrize(("normalised", "pre_softmax"), [(True, False), (False, True)])
+def test_the_order_of_softmax_and_top_k(tmp_path: Path, text_model: Path, normalised: bool, pre_softmax: bool) -> None:
+    source = checkpoint("olmoe", tmp_path / "moe", tokenizer=text_model, norm_topk_prob=normalised)
+    found = assignments(export_recipe(request(tmp_path / "out", moe=source)) / "recipe.py")
+    assert found["moe_router_pre_softmax"] is pre_softmax
+
+
+def test_a_run_brings_its_settings(text: Path, text_model: Path, tmp_path: Path) -> None:
+    changes = [*MOE_RUN, "balance.aux_loss=0.04", "balance.z_loss=0.002", "balance.statistics=global_batch"]
+    changes += ["schedule=wsd", "schedule.peak=1e-2", "schedule.warmup=2", "schedule.decay=3", "optim.clip=null"]
+    training.run(training.options(text, tmp_path / "run", f"source='{text_model}'", *changes, "router.jitter=0.1"))
+    workload = RecipeConfig(sequences=8)
+    asked = request(tmp_path / "out", run=tmp_path / "run", workload=workload, steps=None)
+    directory = export_recipe(asked)
+    found = assignments(directory / "recipe.py")
+    expected = {
+        "STEPS": 6,
+        "SEQUENCE_LENGTH": 32,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "moe_aux_loss_coeff": 0.02,  # two layers, whose losses Megatron adds up
+        "moe_z_loss_coeff": 0.001,
+        "moe_router_load_balancing_type": "global_aux_loss",
+        "moe_input_jitter_eps": 0.1,
+        "lr_decay_style": "WSD",
+        "lr_warmup_iters": 2,
+        "lr_wsd_decay_iters": 3,
+        "lr": 1e-2,
+        "clip_grad": 0.0,
+    }
+    assert {name: found[name] for name in expected} == expected
+    plain = export(request(tmp_path / "plain", run=tmp_path / "run"))
+    weights = [AutoModelForCausalLM.from_pretrained(each).state_dict() for each in (directory, plain)]
+    assert not training.differing_tensors(*weights)
+    assert {file.name for file in plain.iterdir()} < {file.name for file in directory.iterdir()}
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "llama"])
+def test_a_type_without_a_bridge_is_refused(text_moe: Path, text_model: Path, tmp_path: Path, model_type: str) -> None:
+    source = {"qwen2_moe": text_moe, "llama": text_model}[model_type]
+    with pytest.raises(SourceError, match=f"(?s)no bridge.*{model_type}.*qwen3_moe, olmoe, mixtral"):
+        export_recipe(request(tmp_path / "out", moe=source))
+    assert not list(tmp_path.iterdir())
+
+
+LOST: list[tuple[str, dict[str, Any], str]] = [
+    ("mixtral", {"sliding_window": 8}, "sliding_window=8"),
+    ("mixtral", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_type=linear"),
+    ("qwen3_moe", {"attention_bias": True}, "attention_bias=True"),
+    ("qwen3_moe", {"mlp_only_layers": [0]}, "layers without experts=1"),
+    ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1"),
+    ("olmoe", {"num_key_value_heads": 2}, "num_key_value_heads=2"),
+    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "fields", "found"), LOST, ids=[f"{each[0]}-{each[2]}" for each in LOST])
+def test_what_a_bridge_would_lose_is_refused(
+    text_model: Path, tmp_path: Path, model_type: str, fields: dict[str, Any], found: str
+) -> None:
+    source = checkpoint(model_type, tmp_path / "moe", tokenizer=text_model, **fields)
+    with pytest.raises(SourceError, match=f"cannot take.*{model_type}(?s:.*){found}"):
+        export_recipe(request(tmp_path / "out", moe=source))
+    assert not (tmp_path / "out").exists()
+
+
+def folding(**degrees: int) -> FoldingConfig:
+    return replace(FoldingConfig(tp=1, cp=1, pp=1, etp=1, ep=1), **degrees)
+
+
+IMPOSSIBLE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "neither": ("mixtral", {"moe": None}, "(?s)a run or a MoE checkpoint.*neither"),
+    "steps": ("mixtral", {"steps": None}, "needs its length"),
+    "no steps": ("mixtral", {"steps": 0}, "steps is out of range"),
+    "nodes": ("mixtral", {"nodes": 0}, "nodes is out of range"),
+    "ep": ("mixtral", {"parallel": folding(ep=16), "nodes": 2}, "parallel.ep does not divide the experts"),
+    "world": ("mixtral", {"parallel": folding(tp=2, cp=3)}, "does not fit the number of GPUs"),
+    "batch": ("mixtral", {"workload": RecipeConfig(sequences=3), "parallel": folding()}, "cannot be shared out evenly"),
+    "olmoe": ("olmoe", {"parallel": folding(tp=2)}, "TP cannot split"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_what_cannot_be_is_said(sources: dict[str, Path], tmp_path: Path, case: str) -> None:
+    model_type, changes, words = IMPOSSIBLE[case]
+    with pytest.raises(ConfigError, match=words):
+        export_recipe(replace(request(tmp_path / "out", moe=sources[model_type]), **changes))
+    assert not list(tmp_path.iterdir())
+
+
+def test_tp_has_to_divide_the_vocabulary(text_model: Path, tmp_path: Path) -> None:
+    source = checkpoint("mixtral", tmp_path / "moe", tokenizer=text_model, vocab_size=301)
+    asked = request(tmp_path / "out", moe=source)
+    with pytest.raises(ConfigError, match="does not divide the vocabulary"):
+        export_recipe(replace(asked, parallel=folding(tp=2)))
+    free = FoldingConfig(tp=None, cp=1, pp=1, etp=1, ep=1)
+    found = assignments(export_recipe(replace(asked, parallel=free)) / "recipe.py")
+    assert found["tensor_model_parallel_size"] == 1
+
+
+SCHEDULE = "{start: 1e-3, end: 0, steps: 2}"
+
+
+@pytest.mark.parametrize("option", ["router.noisy_top_k=true", "optim.router_lr=0.5", f"balance.z_loss={SCHEDULE}"])
+def test_training_that_megatron_cannot_express_is_refused(
+    text: Path, text_model: Path, tmp_path: Path, option: str
+) -> None:
+    training.run(training.options(text, tmp_path / "run", f"source='{text_model}'", *MOE_RUN, option))
+    asked: ExportConfig = request(tmp_path / "out", run=tmp_path / "run")
+    with pytest.raises(UpcycleError, match=f"cannot express {option.partition('=')[0]}"):
+        export_recipe(asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(sources: dict[str, Path], tmp_path: Path) -> None:
+    given = [f"moe={sources['mixtral']}", f"output={tmp_path / 'out'}", "steps=10", "workload.sequences=64"]
+    ended = process("export", "format=megatron-bridge", *given, "gpu=h200", "parallel.ep=4", cwd=tmp_path)
+    assert ended.status == 0, ended.err
+    assert assignments(tmp_path / "out" / "recipe.py")["expert_model_parallel_size"] == 4
+    process("export", *given, "overwrite=true", cwd=tmp_path).refused("run=DIR", found="run=null")
+
+
+def test_the_recipes_names_are_found() -> None:
+    """The reader of recipes that the tests above rely on sees assignments and keywords."""
+    tree = ast.parse("A = 1\ndef f():\n    p.b = 2\n    g(c=-3)\n")
+    assert assignments(tree) == {"A": 1, "b": 2, "c": -3}

@@ -1,0 +1,118 @@
+"""`upcycle export format=megatron-bridge`: a checkpoint with a recipe beside it."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from pydantic import TypeAdapter
+
+from upcycle.arch.targets import TARGETS
+from upcycle.arguments import CONF, quoted, typed_options
+from upcycle.checkpoint import Staging
+from upcycle.errors import ConfigError, SourceError
+from upcycle.manifest import read_manifest
+from upcycle.megatron.layout import choose
+from upcycle.megatron.recipe import Recipe, recipe_files
+from upcycle.megatron.support import check_model, check_training, check_type
+from upcycle.model_config import load_config, read_config
+from upcycle.moe_config import describe_config
+from upcycle.parallel.config import WorkloadConfig
+from upcycle.parallel.gpu import checked_gpu
+from upcycle.parallel.sizes import checkpoint_sizes
+from upcycle.prepare import check_apart
+from upcycle.source import expanded
+from upcycle.tracking.record import MODEL, read_run
+from upcycle.train.config import ExportConfig, RecipeConfig, TrainConfig
+from upcycle.train.export import export, exported_config
+from upcycle.train.schedule import check_schedule
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def export_recipe(config: ExportConfig) -> Path:
+    """Write a run, or a MoE checkpoint as it is, with a recipe beside it.
+
+    Raises:
+        ConfigError: neither or both are given, no layout fits, or Megatron cannot express the training.
+        SourceError: there is nothing there, or Megatron-Bridge cannot take the model.
+        OutputError: the output cannot be written.
+    """
+    if (config.run is None) == (config.moe is None):
+        raise ConfigError(
+            "a recipe needs a run or a MoE checkpoint",
+            found="neither" if config.run is None else "both",
+            expected="run=DIR or moe=DIR",
+        )
+    return (
+        _from_run(config, expanded(config.run)) if config.run else _from_checkpoint(config, expanded(str(config.moe)))
+    )
+
+
+def _from_run(config: ExportConfig, directory: Path) -> Path:
+    run = read_run(directory)
+    trained = TypeAdapter(TrainConfig).validate_python(run["config"])
+    check_type(read_config(directory / MODEL).get("model_type"))
+    model = exported_config(directory / MODEL, trained, run["manifest"])
+    files = _files(config, model, run["manifest"], trained, run["steps"] if config.steps is None else config.steps)
+    return export(config, beside=files)
+
+
+def _from_checkpoint(config: ExportConfig, directory: Path) -> Path:
+    output = expanded(config.output)
+    check_apart(directory, output)
+    check_type(read_config(directory).get("model_type"))
+    if config.steps is None:
+        raise ConfigError("a recipe for a checkpoint needs its length", found="steps=null", expected="steps=N")
+    files = _files(config, load_config(directory), read_manifest(directory), _defaults(directory), config.steps)
+    if not any(directory.glob("*.safetensors")):
+        raise SourceError("the checkpoint has no weights", found=directory, expected="*.safetensors")
+    fingerprint = hashlib.sha256(repr((str(directory), sorted(files.items()))).encode()).hexdigest()
+    with Staging.open(output, fingerprint=fingerprint, overwrite=config.overwrite, resume=False) as staging:
+        for file in sorted(directory.iterdir()):
+            if file.is_file() and file.name not in files:
+                staging.copy_file(file, file.name)
+        for name, text in files.items():
+            staging.write_text(name, text)
+        staging.commit()
+    return output
+
+
+def _defaults(directory: Path) -> TrainConfig:
+    """The options of `upcycle train` for a checkpoint, none of them given."""
+    running = GlobalHydra.instance().is_initialized()
+    given = ["model=checkpoint", f"source={quoted(str(directory))}", "output=''"]
+    with nullcontext() if running else hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        trained: TrainConfig = typed_options(TrainConfig, hydra.compose("train", overrides=given))
+    return trained
+
+
+def _files(
+    config: ExportConfig, model: Any, manifest: dict[str, Any] | None, trained: TrainConfig, steps: int
+) -> dict[str, str]:
+    moe = describe_config(TARGETS[model.model_type], model, manifest)
+    check_model(model, moe)
+    check_training(trained)
+    if steps < 1:
+        raise ConfigError("steps is out of range", found=steps, expected="1 or more")
+    check_schedule(trained.schedule, steps=steps)
+    workload = _workload(config.workload, trained)
+    step = choose(config, checkpoint_sizes(model, moe), workload, model_type=moe.model_type)
+    assert config.gpu
+    gpu = checked_gpu(config.gpu)
+    return recipe_files(Recipe(moe=moe, train=trained, steps=steps, step=step, gpu=gpu, nodes=config.nodes))
+
+
+def _workload(asked: RecipeConfig, trained: TrainConfig) -> WorkloadConfig:
+    usual = WorkloadConfig(
+        sequences=trained.batch.sequences,
+        micro=trained.batch.micro or 1,
+        sequence_length=trained.sequence_length,
+        activation_checkpointing=trained.activation_checkpointing,
+    )
+    return replace(usual, **{name: value for name, value in asdict(asked).items() if value is not None})

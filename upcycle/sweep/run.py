@@ -98,7 +98,7 @@ def _check_ranks(config: DictConfig) -> None:
     chosen = config.hydra.launcher
     tasks = chosen.get("nodes", 1) * chosen.get("tasks_per_node", 1)
     layout = config.hydra.runtime.choices.parallel
-    if (config.parallel is None) != (tasks == 1) or TORCHRUN in os.environ:
+    if (layout is None) != (tasks == 1) or TORCHRUN in os.environ:
         started = "torchrun starts the sweep" if TORCHRUN in os.environ else f"its launcher starts {tasks} for each"
         raise ConfigError(
             "a sweep starts the ranks of its runs, as many as their layout is for",

@@ -1,0 +1,157 @@
+"""A sweep through submitit's SLURM executor, on two "nodes" of this machine: the results of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from typing import TYPE_CHECKING, Any
+
+import fake_slurm
+import psutil
+import pytest
+import questions
+import training
+from cli import Outcome, command
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+pytest_plugins = ("text_model", "tiny")
+DEADLINE = 120  # seconds
+STEPS = 12
+TOLERANCE = 5e-6  # of losses between layouts, as in tests/distributed
+TWO_NODES = ["hydra/launcher=slurm", "hydra.launcher.nodes=2", "hydra.launcher.partition=gpu", "parallel=fsdp"]
+
+
+@pytest.fixture(scope="module")
+def sweep(text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two arms, in small steps: Adam's usual eps would make a step of a rounding error."""
+    arms: dict[str, Any] = {"two": [], "four": ["moe.top_k=4"]}
+    mine = questions.own(tmp_path_factory.mktemp("own"), sweep={"arms": arms})
+    shorter = [
+        f"budget.steps={STEPS}",
+        "budget.flops=null",
+        "checkpoint_every=1",
+        "optim.eps=1e-3",
+        "validation.every=4",
+    ]
+    longer = ["sequence_length=256", "batch.sequences=8"]  # so that a signal comes between two steps
+    return ["train", "-m", *mine, *questions.shipped("mine", text), *shorter, *longer]
+
+
+@pytest.fixture(scope="module")
+def serial(sweep: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    output = tmp_path_factory.mktemp("serial")
+    ended = end(start(*sweep, f"output={output}"))
+    assert ended.status == 0, ended
+    return questions.runs(output, "mine")
+
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command(*arguments), env=os.environ | environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def end(sweep: subprocess.Popen[str]) -> Outcome:
+    out, err = sweep.communicate(timeout=DEADLINE)
+    return Outcome(status=sweep.returncode, out=out, err=err)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+def stopped_at(run: Path) -> int:
+    """The step after which the run saved its checkpoint for a signal."""
+    said = [line for line in run.with_name(f"{run.name}.log").read_text().splitlines() if "stopped by" in line]
+    assert len(said) == 1, said
+    return int(said[0].split("after step ")[1].split(":")[0])
+
+
+@pytest.mark.slow
+def test_two_nodes_and_a_requeue_are_one_process(sweep: list[str], serial: dict[str, Path], tmp_path: Path) -> None:
+    """One job is near to its limit in the middle of its run: it saves, is requeued and killed, and goes on."""
+    slurm, output = tmp_path / "slurm", tmp_path / "runs"
+    environment = fake_slurm.install(slurm)
+    given = [*sweep, f"output={output}", *TWO_NODES]
+    started = start(*given, **environment)
+    interrupted = output / serial["two"].name
+    wait_for(lambda: (interrupted / "checkpoints/last.ckpt").exists())
+    job = next(name for name, each in fake_slurm.jobs(slurm).items() if name.endswith("_0"))
+    fake_slurm.signal_tasks(slurm, job)
+    ended = end(started)
+    assert ended.status == 0, ended
+    assert 0 < stopped_at(interrupted) < STEPS
+    submitted = fake_slurm.jobs(slurm)
+    assert {name.partition("_")[2]: each["begun"] for name, each in submitted.items()} == {"0": 2, "1": 1}
+    parameters = submitted[job]["given"]
+    expected = {"array": "0-1%2", "nodes": "2", "ntasks-per-node": "1", "partition": "gpu", "signal": "USR2@180"}
+    assert expected.items() <= parameters.items()
+    assert "requeue" in parameters
+    for arm, run in questions.runs(output, "mine").items():
+        record = json.loads((run / "run.json").read_text())
+        assert record["status"] == "finished"
+        assert len(record["ranks"]) == 2
+        mine, theirs = training.rows(run), training.rows(serial[arm])
+        assert [row["step"] for row in mine] == [row["step"] for row in theirs]
+        for one, other in zip(mine, theirs, strict=True):
+            for name in {"train/loss", "val/loss"} & other.keys():
+                assert abs(one[name] - other[name]) < TOLERANCE, (arm, name, one["step"])
+    again = end(start(*given, **environment))
+    assert (again.status, again.out) == (0, ended.out)
+    assert fake_slurm.jobs(slurm) == submitted
+
+
+@pytest.mark.slow
+def test_submitit_requeues_a_local_job(sweep: list[str], serial: dict[str, Path], tmp_path: Path) -> None:
+    """Its local executor starts the job again, as SLURM does; the record is bit for bit the uninterrupted one's."""
+    arm = [each for each in sweep if each != "-m"]
+    given = [*arm, "+arm=two", "seed=0", f"output={tmp_path}", "hydra/launcher=submitit_local"]
+    started, run = start(*given), tmp_path / serial["two"].name
+    wait_for(lambda: (run / "checkpoints/last.ckpt").exists())
+    below = psutil.Process(started.pid).children(recursive=True)
+    (task,) = [each for each in below if "submitit.core._submit" in each.cmdline()]
+    task.send_signal(fake_slurm.signal.SIGUSR2)
+    ended = end(started)
+    assert ended.status == 0, ended
+    assert 0 < stopped_at(run) < STEPS
+    assert training.rows(run) == training.rows(serial["two"])
+
+
+@pytest.mark.slow
+def test_two_machines_with_one_output_run_nothing_twice(
+    sweep: list[str], serial: dict[str, Path], tmp_path: Path
+) -> None:
+    given = [*sweep, f"output={tmp_path}"]
+    first, second = start(*given), start(*given)
+    ended = end(first), end(second)
+    assert [each.status for each in ended] == [0, 0], ended
+    assert ended[0].out == ended[1].out
+    for arm, run in questions.runs(tmp_path, "mine").items():
+        assert training.rows(run) == training.rows(serial[arm])
+        # A run says once, when it starts, which kernel it takes.
+        logs = [each[arm].with_name(f"{each[arm].name}.log").read_text() for each in ({arm: run}, serial)]
+        assert logs[0] == logs[1]
+        assert "kernel" in logs[0]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["parallel=fsdp"], ["parallel=fsdp", "hydra/launcher=slurm"], [*TWO_NODES[:3]]],
+    ids=["no launcher", "one task", "no layout"],
+)
+def test_the_launcher_has_to_start_the_ranks(
+    given: list[str], sweep: list[str], upcycle: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    ended = upcycle(*sweep, f"output={tmp_path / 'runs'}", *given)
+    ended.refused(
+        "a sweep starts the ranks of its runs", found="parallel=" + ("fsdp" if "=fsdp" in given[0] else "null")
+    )
+    assert not (tmp_path / "runs").exists()

@@ -28,27 +28,27 @@ TWO_NODES = ["hydra/launcher=slurm", "hydra.launcher.nodes=2", "hydra.launcher.p
 
 
 @pytest.fixture(scope="module")
-def sweep(text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two arms, in small steps: Adam's usual eps would make a step of a rounding error."""
+def sweep(text_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two arms, with what makes a run comparable over layouts; see tests/distributed/test_parity.py."""
     arms: dict[str, Any] = {"two": [], "four": ["moe.top_k=4"]}
-    mine = questions.own(tmp_path_factory.mktemp("own"), sweep={"arms": arms})
-    shorter = [
-        f"budget.steps={STEPS}",
-        "budget.flops=null",
-        "checkpoint_every=1",
-        "optim.eps=1e-3",
-        "validation.every=4",
-    ]
-    longer = ["sequence_length=256", "batch.sequences=8"]  # so that a signal comes between two steps
-    return ["train", "-m", *mine, *questions.shipped("mine", text), *shorter, *longer]
+    model = {"moe": {"expansion": 8, "granularity": 1, "top_k": 2}, "init": {"router_std": 0.1}}
+    mine = questions.own(tmp_path_factory.mktemp("own"), sweep={"arms": arms}, **model)
+    training = ["optim.eps=1e-3", "balance.statistics=global_batch", f"budget.steps={STEPS}", "budget.flops=null"]
+    every = ["checkpoint_every=1", "validation.every=4"]
+    return ["train", "-m", *mine, *questions.shipped("mine", text), f"source='{text_model}'", *training, *every]
 
 
 @pytest.fixture(scope="module")
-def serial(sweep: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def machines(sweep: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Outcome]]:
+    """The sweep on one process, which two machines start at once with one output; and how they ended."""
     output = tmp_path_factory.mktemp("serial")
-    ended = end(start(*sweep, f"output={output}"))
-    assert ended.status == 0, ended
-    return questions.runs(output, "mine")
+    started = [start(*sweep, f"output={output}") for _ in range(2)]
+    return output, [end(each) for each in started]
+
+
+@pytest.fixture(scope="module")
+def serial(machines: tuple[Path, list[Outcome]]) -> dict[str, Path]:
+    return questions.runs(machines[0], "mine")
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -75,6 +75,19 @@ def stopped_at(run: Path) -> int:
     return int(said[0].split("after step ")[1].split(":")[0])
 
 
+def starts(run: Path) -> int:
+    """How often a run was started: it says each time which kernel it takes."""
+    return run.with_name(f"{run.name}.log").read_text().count("kernel")
+
+
+@pytest.mark.slow
+def test_two_machines_with_one_output_run_nothing_twice(machines: tuple[Path, list[Outcome]]) -> None:
+    output, ended = machines
+    assert [each.status for each in ended] == [0, 0], ended
+    assert ended[0].out == ended[1].out
+    assert [starts(run) for run in questions.runs(output, "mine").values()] == [1, 1]
+
+
 @pytest.mark.slow
 def test_two_nodes_and_a_requeue_are_one_process(sweep: list[str], serial: dict[str, Path], tmp_path: Path) -> None:
     """One job is near to its limit in the middle of its run: it saves, is requeued and killed, and goes on."""
@@ -89,6 +102,7 @@ def test_two_nodes_and_a_requeue_are_one_process(sweep: list[str], serial: dict[
     ended = end(started)
     assert ended.status == 0, ended
     assert 0 < stopped_at(interrupted) < STEPS
+    assert starts(interrupted) == 2
     submitted = fake_slurm.jobs(slurm)
     assert {name.partition("_")[2]: each["begun"] for name, each in submitted.items()} == {"0": 2, "1": 1}
     parameters = submitted[job]["given"]
@@ -123,23 +137,6 @@ def test_submitit_requeues_a_local_job(sweep: list[str], serial: dict[str, Path]
     assert ended.status == 0, ended
     assert 0 < stopped_at(run) < STEPS
     assert training.rows(run) == training.rows(serial["two"])
-
-
-@pytest.mark.slow
-def test_two_machines_with_one_output_run_nothing_twice(
-    sweep: list[str], serial: dict[str, Path], tmp_path: Path
-) -> None:
-    given = [*sweep, f"output={tmp_path}"]
-    first, second = start(*given), start(*given)
-    ended = end(first), end(second)
-    assert [each.status for each in ended] == [0, 0], ended
-    assert ended[0].out == ended[1].out
-    for arm, run in questions.runs(tmp_path, "mine").items():
-        assert training.rows(run) == training.rows(serial[arm])
-        # A run says once, when it starts, which kernel it takes.
-        logs = [each[arm].with_name(f"{each[arm].name}.log").read_text() for each in ({arm: run}, serial)]
-        assert logs[0] == logs[1]
-        assert "kernel" in logs[0]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -152,3 +154,39 @@ def test_the_launcher_has_to_start_the_ranks(
         "a sweep starts the ranks of its runs", found="parallel=" + ("fsdp" if "=fsdp" in given[0] else "null")
     )
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("launcher", ["slurm", "submitit_local"])
+def test_a_launcher_that_is_not_installed(launcher: str, sweep: list[str], tmp_path: Path) -> None:
+    without = "import sys; sys.modules['hydra_plugins.hydra_submitit_launcher'] = None; "
+    python, option, main = command()
+    given = [python, option, without + main, *sweep, f"output={tmp_path / 'runs'}", f"hydra/launcher={launcher}"]
+    ended = subprocess.run(given, capture_output=True, text=True, check=False)
+    outcome = Outcome(status=ended.returncode, out=ended.stdout, err=ended.stderr)
+    outcome.refused("the launcher is not installed", found="submitit_", remedy='pip install "upcycle[sweep]"')
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_system_without_locks(
+    sweep: list[str], upcycle: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_descriptor: int, _how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    ended = upcycle(*sweep, f"output={tmp_path / 'runs'}")
+    ended.refused("cannot lock", found="No locks available", remedy="choose an output on a file system that has them")
+    assert not [each for each in (tmp_path / "runs").iterdir() if not each.name.startswith(".")]
+
+
+def test_a_file_system_without_atomic_renames(
+    sweep: list[str], upcycle: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_slurm.Path, "rename", refuse_rename)
+    ended = upcycle(*sweep, f"output={tmp_path / 'runs'}")
+    ended.refused("cannot rename a directory in one step", found="Operation not supported")
+    assert not (tmp_path / "runs").exists()
+
+
+def refuse_rename(before: Path, _after: Path) -> Path:
+    raise OSError(errno.EOPNOTSUPP, "Operation not supported", str(before))

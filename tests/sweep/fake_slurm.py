@@ -110,7 +110,7 @@ def variables(given: dict[str, str], name: str, number: str) -> dict[str, str]:
 
 def srun(*arguments: str) -> None:
     """Start every task of the job, and wait for them."""
-    start = arguments.index(sys.executable)
+    start = arguments.index("-u") - 1  # the interpreter
     patterns = dict(zip(arguments[1:start:2], arguments[2:start:2], strict=True))
     tasks, here = int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_NTASKS_PER_NODE"])
     started = []

@@ -156,6 +156,14 @@ def test_the_launcher_has_to_start_the_ranks(
     assert not (tmp_path / "runs").exists()
 
 
+def test_torchrun_does_not_start_a_sweep(
+    sweep: list[str], upcycle: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    ended = upcycle(*sweep, f"output={tmp_path / 'runs'}", *TWO_NODES)
+    ended.refused("a sweep starts the ranks of its runs", found="torchrun starts the sweep", remedy="hydra/launcher=")
+
+
 @pytest.mark.parametrize("launcher", ["slurm", "submitit_local"])
 def test_a_launcher_that_is_not_installed(launcher: str, sweep: list[str], tmp_path: Path) -> None:
     without = "import sys; sys.modules['hydra_plugins.hydra_submitit_launcher'] = None; "

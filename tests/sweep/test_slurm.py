@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
 pytest_plugins = ("text_model", "tiny")
 DEADLINE = 120  # seconds
-STEPS = 12
+STEPS = 30
 TOLERANCE = 5e-6  # of losses between layouts, as in tests/distributed
 TWO_NODES = ["hydra/launcher=slurm", "hydra.launcher.nodes=2", "hydra.launcher.partition=gpu", "parallel=fsdp"]
 
@@ -36,7 +36,7 @@ def sweep(text_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
     model = {"moe": {"expansion": 8, "granularity": 1, "top_k": 2}, "init": {"router_std": 0.1}}
     mine = questions.own(tmp_path_factory.mktemp("own"), sweep={"arms": arms}, **model)
     training = ["optim.eps=1e-3", "balance.statistics=global_batch", f"budget.steps={STEPS}", "budget.flops=null"]
-    every = ["checkpoint_every=1", "validation.every=4"]
+    every = ["checkpoint_every=1", "validation.every=10"]
     return ["train", "-m", *mine, *questions.shipped("mine", text), f"source='{text_model}'", *training, *every]
 
 
@@ -98,8 +98,9 @@ def test_two_nodes_and_a_requeue_are_one_process(sweep: list[str], serial: dict[
     given = [*sweep, f"output={output}", *TWO_NODES]
     started = start(*given, **environment)
     interrupted = output / serial["two"].name
-    wait_for(lambda: (interrupted / "checkpoints/last.ckpt").exists())
+    wait_for((interrupted / "run.json").exists)
     job = next(name for name, each in fake_slurm.jobs(slurm).items() if name.endswith("_0"))
+    wait_for((interrupted / "checkpoints/last.ckpt").exists)
     fake_slurm.signal_tasks(slurm, job)
     ended = end(started)
     assert ended.status == 0, ended
@@ -131,9 +132,10 @@ def test_submitit_requeues_a_local_job(sweep: list[str], serial: dict[str, Path]
     arm = [each for each in sweep if each != "-m"]
     given = [*arm, "+arm=two", "seed=0", f"output={tmp_path}", "hydra/launcher=submitit_local"]
     started, run = start(*given), tmp_path / serial["two"].name
-    wait_for(lambda: (run / "checkpoints/last.ckpt").exists())
+    wait_for((run / "run.json").exists)
     below = psutil.Process(started.pid).children(recursive=True)
     (task,) = [each for each in below if "submitit.core._submit" in each.cmdline()]
+    wait_for((run / "checkpoints/last.ckpt").exists)
     task.send_signal(fake_slurm.signal.SIGUSR2)
     ended = end(started)
     assert ended.status == 0, ended

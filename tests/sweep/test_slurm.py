@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
 pytest_plugins = ("text_model", "tiny")
-DEADLINE = 120  # seconds
+DEADLINE = 300  # seconds
 STEPS = 30
 TOLERANCE = 5e-6  # of losses between layouts, as in tests/distributed
 TWO_NODES = ["hydra/launcher=slurm", "hydra.launcher.nodes=2", "hydra.launcher.partition=gpu", "parallel=fsdp"]

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 pytest.importorskip("submitit")
-SOON = 30  # seconds
+SOON = 90  # seconds
 FOREVER = "import time; time.sleep(600)"
 TELLS = "import os; raise SystemExit(int(os.environ['WORLD_SIZE'] + os.environ['RANK']))"  # as torchrun says it
 TASK = """

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CONF = Path(__file__).parent / "conf"
 MULTIRUN = ("-m", "--multirun")
 ARM = "arm"  # of a sweep, to run it alone
+EXTRA_LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")  # slurm is the last one with other values
 BESIDE = ("hydra", "sweep", ARM)  # what of a composed config is no option of the command
 
 # What an arm needs to differ from a scale by a factor: `${times:${schedule.peak},0.3}`.
@@ -85,8 +86,10 @@ def readable(error: Exception, command: str) -> str:
     """An error that is not a bug, in words for the user of `upcycle COMMAND`."""
     if isinstance(error, UpcycleError):
         return str(error)
+    group, _, name = str(getattr(error, "missing_cfg_file", "")).rpartition("/")
+    if name in EXTRA_LAUNCHERS:
+        return str(_not_installed(name))
     if isinstance(error, MissingConfigException) and error.options:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
         known = list(error.options)
         return str(
             ConfigError(
@@ -143,6 +146,15 @@ def _option(location: Sequence[int | str], plain: Any) -> str:
 def _missing(name: str) -> ConfigError:
     return ConfigError(
         "a required option is missing", found="nothing", expected=f"{name}=…", remedy=f"add {name}=VALUE"
+    )
+
+
+def _not_installed(launcher: str) -> ConfigError:
+    return ConfigError(
+        "the launcher is not installed",
+        found=launcher,
+        expected="the extra `sweep`",
+        remedy='pip install "upcycle[sweep]"',
     )
 
 

@@ -90,12 +90,32 @@ def locked(path: Path, *, busy: str | None = None) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+            flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0), path)
         except BlockingIOError:
             raise OutputError(str(busy), remedy="wait for it to end") from None
         yield
     finally:
         os.close(descriptor)
+
+
+def flock(descriptor: int, how: int, path: Path) -> None:
+    """Lock an open file; `path` is for the message.
+
+    Raises:
+        BlockingIOError: another process holds it, and `how` does not wait.
+        OutputError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, how)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"cannot lock {path}",
+            found=error.strerror,
+            expected="file locks, without which two processes could spoil each other's files",
+            remedy="choose an output on a file system that has them",
+        ) from error
 
 
 def write_all(descriptor: int, data: bytes | memoryview, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -53,6 +54,22 @@ def test_a_kernel_that_is_not_installed(
     made = ["model=upcycle", f"source='{text_model}'", *training.SMALL_MOE, "kernel=megablocks"]
     with pytest.raises(ConfigError, match="megablocks"):
         training.run(training.options(text, tmp_path / "run", *made))
+
+
+def test_a_file_system_without_atomic_renames(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoints would be lost with the process that writes them."""
+
+    def copying(before: Path, after: Path) -> Path:
+        shutil.copytree(before, after)
+        shutil.rmtree(before)
+        return after
+
+    monkeypatch.setattr("pathlib.Path.rename", copying)
+    architecture = "architecture={model_type: llama, hidden_size: 16, intermediate_size: 24, num_attention_heads: 2}"
+    made = ["model=scratch", architecture, "tokenizer=bytes"]
+    with pytest.raises(OutputError, match="cannot rename a directory in one step"):
+        training.run(training.options(text, tmp_path / "run", *made))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_distillation_without_a_dense_model(text: Path, tmp_path: Path) -> None:

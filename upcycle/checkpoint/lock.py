@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from uuid import uuid4
 
 from upcycle.errors import OutputError
-from upcycle.files import DRAFT_SUFFIX, output_errors, write_all, write_text
+from upcycle.files import DRAFT_SUFFIX, flock, output_errors, write_all, write_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 CONTROL: Final = ".upcycle-staging.json"
 PART_LOCK: Final = ".upcycle-part-{}.lock"
-_NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _THERE_ALREADY: Final = (errno.ENOTEMPTY, errno.EEXIST)
 
 
@@ -156,21 +155,16 @@ def _locked(path: Path, how: int, busy: str, *, required: bool) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     error = OutputError(busy, remedy="wait for it to end, or choose another output")
     try:
-        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+        flock(descriptor, how | fcntl.LOCK_NB, path)
         # The holder may have committed between our open and our lock: then this file is no longer the one there.
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             return descriptor
     except BlockingIOError:
         pass
-    except OSError as refusal:
-        if not required and refusal.errno in _NO_LOCKS:
+    except OutputError as no_locks:
+        if not required:
             return descriptor
-        error = OutputError(
-            f"cannot lock {path}",
-            found=refusal.strerror,
-            expected="file locks, without which two conversions could spoil each other's files",
-            remedy="choose an output on a file system that has them",
-        )
+        error = no_locks
     os.close(descriptor)
     raise error
 

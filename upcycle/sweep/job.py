@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from upcycle.arguments import typed_options
-from upcycle.errors import SourceError
+from upcycle.errors import SourceError, TrainingError
+from upcycle.files import flock
 from upcycle.source import expanded
+from upcycle.sweep.requeue import Requeue
+from upcycle.sweep.team import Team, submitted
 from upcycle.tracking.record import RUN, read_run
 from upcycle.train.config import TrainConfig
 
@@ -51,35 +56,72 @@ def last_lines(run: Path) -> tuple[str, ...]:
 def run_job(composed: DictConfig) -> None:
     """Bring a run to its end, unless it is there already. What Hydra's launchers call, wherever they run it.
 
-    The log is locked while anything works at the run, so that what is left of a sweep that was killed ends first.
+    Where the run has a layout and submitit started several tasks, this is one of them, and has the worker of one rank.
 
     Args:
         composed: the options of the run, with those of the sweep; `sweep.job` is what to call it.
+
+    Raises:
+        OutputError: the file system has no locks.
+        TrainingError: the tasks of the job did not come together.
     """
     config: TrainConfig = typed_options(TrainConfig, composed)
     run = expanded(config.output)
-    run.parent.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    with log_of(run).open("ab") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
-        for _ in range(1 + composed.sweep.retries):
-            if status_of(run) == FINISHED:
-                break
-            if run.exists() and not (run / RUN).exists():
-                shutil.rmtree(run)  # killed before it began
-            code = _attempt(config, log.fileno())
-            if code < 0:
-                log.write(f"killed by {signal.Signals(-code).name}\n".encode())
-                log.flush()
-            if status_of(run) == INTERRUPTED:
-                break
+    job = submitted() if config.parallel else None
+    with Requeue() as requeue:
+        if job and job.global_rank:
+            with Team(job) as team:
+                while team.follow():
+                    _attempt(config, requeue, team, log=None)
+            return
+        run.parent.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        with log_of(run).open("ab", buffering=0) as log:
+            try:
+                with Team(job) if job and job.num_tasks > 1 else nullcontext() as team:
+                    _lead(config, requeue, team, log, attempts=1 + composed.sweep.retries)
+            except TrainingError as error:
+                log.write(f"upcycle: {error}\n".encode())
+                raise
     print(f"{composed.sweep.job}: {status_of(run)}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
 
-def _attempt(config: TrainConfig, log: int) -> int:
-    """Train in a process that ends when this one does, however that happens: its standard input is then closed."""
-    with subprocess.Popen(WORKER, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True) as process:
+def _lead(config: TrainConfig, requeue: Requeue, team: Team | None, log: IO[bytes], *, attempts: int) -> None:
+    """Decide whether and how often to try.
+
+    The log is locked while anything works at the run, so that what is left of a sweep that was killed ends first.
+    """
+    run = expanded(config.output)
+    flock(log.fileno(), fcntl.LOCK_EX, log_of(run))
+    for _ in range(attempts):
+        if status_of(run) == FINISHED:
+            break
+        if run.exists() and not (run / RUN).exists():
+            shutil.rmtree(run)  # killed before it began
+        if team:
+            team.start()
+        code = _attempt(config, requeue, team, log)
+        if code < 0:
+            log.write(f"killed by {signal.Signals(-code).name}\n".encode())
+        if status_of(run) == INTERRUPTED:
+            break
+
+
+def _attempt(config: TrainConfig, requeue: Requeue, team: Team | None, log: IO[bytes] | None) -> int:
+    """Train in a process that ends when this one does, however that happens: its standard input is then closed.
+
+    What it prints goes to the log, or where this process's goes.
+    """
+    process = subprocess.Popen(
+        WORKER,
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+        env=os.environ | (team.variables() if team else {}),
+    )
+    with process, requeue.after(process):
         assert process.stdin is not None
         process.stdin.write(json.dumps(asdict(config)).encode() + b"\n")
         process.stdin.flush()
-        return process.wait()
+        return team.wait(process) if team else process.wait()

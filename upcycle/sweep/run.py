@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 
 from upcycle.arguments import quoted
+from upcycle.checkpoint.renames import check_renames
+from upcycle.errors import ConfigError
 from upcycle.sweep.index import write_index
 from upcycle.sweep.job import FINISHED, last_lines, run_job, status_of
 from upcycle.sweep.plan import COMMAND
@@ -24,8 +27,11 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import FrameType
 
+    from omegaconf import DictConfig
+
     from upcycle.sweep.plan import Job, SweepPlan
 
+TORCHRUN = "TORCHELASTIC_RUN_ID"
 _log = logging.getLogger("upcycle")
 
 
@@ -54,7 +60,18 @@ def run_sweep(plan: SweepPlan, *, output: Path, overrides: Sequence[str], launch
         output: directory of all runs.
         overrides: the sweep's command line.
         launcher: what of it is for Hydra.
+
+    Raises:
+        ConfigError: the launcher does not start the ranks of the runs.
+        OutputError: the output cannot be written, or its file system has no locks, or does not rename in one step.
     """
+    where = (f"hydra.sweep.dir={quoted(str(output))}", "hydra.sweep.subdir=.")
+    hydra: Any = GlobalHydra.instance().hydra
+    config: DictConfig = hydra.compose_config(
+        config_name=COMMAND, overrides=[*overrides, *launcher, *where], run_mode=RunMode.MULTIRUN
+    )
+    _check_ranks(config)
+    check_renames(output / "run")
     write_index(plan, output)
     waiting = [job for job in plan.jobs if status_of(job.directory) != FINISHED]
     group = f"wandb.group={quoted(plan.name)}"  # first, so that the command line may name another
@@ -62,8 +79,7 @@ def run_sweep(plan: SweepPlan, *, output: Path, overrides: Sequence[str], launch
         [group, *overrides, *job.overrides, *_as_job(job, f"{n} of {len(waiting)}")] for n, job in enumerate(waiting, 1)
     ]
     if jobs:
-        where = (f"hydra.sweep.dir={quoted(str(output))}", "hydra.sweep.subdir=.")
-        _launch(jobs, overrides=[*overrides, *launcher, *where])
+        _launch(jobs, config, HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config)))
 
 
 def endings(plan: SweepPlan) -> tuple[Ending, ...]:
@@ -77,10 +93,22 @@ def _as_job(job: Job, number: str) -> tuple[str, ...]:
     return (where, "resume=auto", "overwrite=false", "progress=false", f"+sweep.job={label}")
 
 
-def _launch(jobs: list[list[str]], *, overrides: list[str]) -> None:
-    hydra: Any = GlobalHydra.instance().hydra
-    config = hydra.compose_config(config_name=COMMAND, overrides=overrides, run_mode=RunMode.MULTIRUN)
-    context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
+def _check_ranks(config: DictConfig) -> None:
+    """A run with a layout needs several tasks, and one without needs one. Only submitit's launchers start several."""
+    chosen = config.hydra.launcher
+    tasks = chosen.get("nodes", 1) * chosen.get("tasks_per_node", 1)
+    layout = config.hydra.runtime.choices.parallel
+    if (layout is None) != (tasks == 1) or TORCHRUN in os.environ:
+        started = "torchrun starts the sweep" if TORCHRUN in os.environ else f"its launcher starts {tasks} for each"
+        raise ConfigError(
+            "a sweep starts the ranks of its runs, as many as their layout is for",
+            found=f"parallel={layout or 'null'}, and {started}",
+            expected="several ranks with a layout, and one without",
+            remedy="hydra/launcher=slurm hydra.launcher.nodes=2 hydra.launcher.tasks_per_node=8, or submitit_local",
+        )
+
+
+def _launch(jobs: list[list[str]], config: DictConfig, context: HydraContext) -> None:
     launcher = Plugins.instance().instantiate_launcher(config=config, hydra_context=context, task_function=run_job)
     try:
         with _ending_on_sigterm():

@@ -18,6 +18,7 @@ from upcycle.train.run import train
 def main() -> int:
     """Train; errors of the user are printed, not traced."""
     config = TypeAdapter(TrainConfig).validate_json(sys.stdin.buffer.readline())
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # for the job, which ends this process; some clusters send it to all
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.basicConfig(stream=sys.stderr, format="upcycle: %(message)s")
     logging.getLogger("upcycle").setLevel(logging.INFO)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from upcycle.checkpoint import hash_files
+from upcycle.checkpoint.renames import check_renames
 from upcycle.data.corpus import Corpus, build_corpus
 from upcycle.data.order import order_hash
 from upcycle.distributed.failure import shared_failure
@@ -141,6 +142,7 @@ def prepare_run(config: TrainConfig) -> Run:
     check_options(config)
     ranks = join_ranks(config.parallel, device_of(config))
     _check_batch(config, ranks.layout.data)
+    check_renames(expanded(config.output))  # on every rank: each may see the file system in another way
     record = (Record if ranks.main else Spectator).open(expanded(config.output), config)
     start = start_model(config, ranks)
     equipment = equip(start, config)

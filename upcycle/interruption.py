@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import signal
+import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import FrameType, TracebackType
     from typing import Self
 
@@ -43,3 +46,26 @@ class Interruption:
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         self.came = True
         raise KeyboardInterrupt
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back until the end; processes that start here never see it, though a terminal sends it to them too.
+
+    Processes inherit the signal mask. For this process it is not enough: it is one thread's, and any other (torch and
+    progress bars start some) takes the signal in its place.
+    """
+    came: list[tuple[int, FrameType | None]] = []
+    handler = signal.getsignal(signal.SIGINT)
+    listening = callable(handler) and threading.current_thread() is threading.main_thread()
+    if listening:
+        signal.signal(signal.SIGINT, lambda *caught: came.append(caught))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if listening:
+            signal.signal(signal.SIGINT, handler)
+    if came and callable(handler):
+        handler(*came[0])

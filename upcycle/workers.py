@@ -15,6 +15,7 @@ import torch
 
 from upcycle.checkpoint import StagedFiles, TensorSpec, open_reader, torch_dtype
 from upcycle.errors import OutputError, UpcycleError
+from upcycle.interruption import uninterrupted
 from upcycle.materialise import Materialiser
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ def write_in_processes(work: ShardWork, shards: Sequence[Shard], processes: int,
     """
     running: dict[Connection, SpawnProcess] = {}
     try:
-        with _ctrl_c_blocked():
+        resource_tracker.ensure_running()  # or the first process would start it, which unblocks the signal
+        with uninterrupted():
             for share in (shards[first::processes] for first in range(processes)):
                 receiver, process = _start(work, share)
                 running[receiver] = process
@@ -151,14 +153,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _ctrl_c_blocked() -> Iterator[None]:
-    """Start processes that never see Ctrl-C, which a terminal sends to them too: their parent ends them."""
-    resource_tracker.ensure_running()  # or the first process would start it, which unblocks the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -26,7 +26,8 @@ from upcycle.analysis.questions import Claim, judge, load_sweep
 # %matplotlib inline
 RECORDS = os.environ.get("UPCYCLE_RECORDS", "results/laptop")
 NEMOTRON = "arXiv 2410.07524"
-SHAPES = [(2, 1, 1), (4, 1, 1), (8, 1, 1), (16, 1, 1), (8, 2, 2), (8, 4, 4), (8, 8, 8), (8, 1, 2), (8, 4, 8)]
+SHAPES = [(e, 1, 1) for e in (2, 4, 8, 16, 32)]
+SHAPES += [(8, 2, 2), (4, 4, 4), (8, 4, 4), (16, 4, 4), (8, 8, 8), (8, 1, 2), (8, 4, 8)]
 
 # %%
 names = {f"expansion={e} granularity={g} top_k={t}": f"E{e}G{g}T{t}" for e, g, t in SHAPES}
@@ -36,14 +37,21 @@ introduction(egt)
 # %% [markdown]
 # ## Expansion
 #
-# The number of whole FFNs, one active, at the dense model's FLOPs a token:
+# The number of whole FFNs, one active, at the dense model's FLOPs a token; first whole experts, then quarters:
 
 # %%
-expansion = egt.only("E2G1T1", "E4G1T1", "E8G1T1", "E16G1T1")
+expansion = egt.only("E2G1T1", "E4G1T1", "E8G1T1", "E16G1T1", "E32G1T1")
 draw_curves(expansion.runs, arms="arm")
 
 # %%
 answer(expansion.compare("E8G1T1"))
+
+# %%
+quarters = egt.only("E4G4T4", "E8G4T4", "E16G4T4")
+draw_curves(quarters.runs, arms="arm")
+
+# %%
+answer(quarters.compare("E8G4T4"))
 
 # %% [markdown]
 # ## Granularity
@@ -119,6 +127,13 @@ judgement(
                 says="and then split the text too thinly",
                 arm="E16G1T1",
                 baseline="E8G1T1",
+                expected="higher",
+            ),
+            Claim(
+                source="this sweep's hypothesis",
+                says="32 even more so",
+                arm="E32G1T1",
+                baseline="E16G1T1",
                 expected="higher",
             ),
         ],

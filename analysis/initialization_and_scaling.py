@@ -133,6 +133,13 @@ judgement(
                 baseline="baseline",
                 expected="higher",
             ),
+            Claim(
+                source=NEMOTRON,
+                says="scaling W2 alone is worse",
+                arm="scaling=down",
+                baseline="scaling=paper",
+                expected="higher",
+            ),
         ],
     )
 )

@@ -35,7 +35,7 @@ HYPOTHESIS = "this sweep's hypothesis"
 names = {
     f"router_order={order} scaling={scaling}": f"{order}, {scaling}"
     for order in ("softmax_topk", "topk_softmax")
-    for scaling in ("exact", "paper", "none")
+    for scaling in ("exact", "paper", "none", "down")
 }
 router_order = load_sweep(RECORDS, "router_order").renamed(names)
 introduction(router_order)
@@ -99,6 +99,20 @@ judgement(
                 arm="softmax_topk, paper",
                 baseline="softmax_topk, none",
                 expected="lower",
+            ),
+            Claim(
+                source=NEMOTRON,
+                says="scaling W2 alone is worse",
+                arm="softmax_topk, down",
+                baseline="softmax_topk, paper",
+                expected="higher",
+            ),
+            Claim(
+                source=HYPOTHESIS,
+                says="where an exact rule places the factor does not matter",
+                arm="softmax_topk, down",
+                baseline="softmax_topk, exact",
+                expected="same",
             ),
         ],
     )

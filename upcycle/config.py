@@ -37,7 +37,7 @@ class InitConfig:
 
     Attributes:
         name: virtual_group, copy, drop, noise or random.
-        scaling: exact, paper, calibrated, none, or the factor itself.
+        scaling: exact, paper, down, calibrated, none, or the factor itself.
         router_std: standard deviation of the router's rows; null takes 0.012/sqrt(hidden size).
         ratio: drop: share of an expert's neurons that is re-initialised.
         neurons: drop: coherent (one set for gate, up and down) or independent (one set each).

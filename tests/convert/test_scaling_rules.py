@@ -65,6 +65,35 @@ def test_paper_multiplies_every_matrix_of_swiglu(order, dense, tmp_path):
         assert {role: scaling.matrix[role] for role in factors} == pytest.approx(dict.fromkeys(factors, root))
 
 
+@pytest.mark.parametrize("order", ROUTER_ORDERS)
+@pytest.mark.parametrize("name", ["llama_biases", "gemma", "gpt2", "nemotron_biases"])
+def test_down_is_exact_for_every_activation(name, order, dense, dense_outputs, tmp_path):
+    """With biases and a shared expert where the model has them; mutants forget the rule of either."""
+    asked = {"scaling": "down", "shared_experts": 1, "router_order": order, "target": "upcycled_moe"}
+    done = conversions.run(options(dense(name), tmp_path / "moe", **asked))
+    assert done.plan.losses == ()
+    assert {scaling.matrix["up"] for scaling in done.plan.scaling.values()} == {1.0}
+    assert {scaling.matrix["down"] for scaling in done.plan.scaling.values()} == {NEEDED[order]}
+    assert_lossless(done.directory, dense_outputs(name), TOLERANCE[order])
+    before = conversions.read_tensors(done.directory)
+    mutated = [end for end in MUTATED_BY_DOWN if any(key.endswith(end) for key in before)]
+    assert len(mutated) == (1 if name == "gemma" else 2)
+    for end in mutated:
+        conversions.edit(done.directory, lambda tensors, end=end: scale(tensors, end, 1.5))
+        with pytest.raises(AssertionError, match="differs by"):
+            assert_lossless(done.directory, dense_outputs(name), TOLERANCE[order])
+        conversions.edit(done.directory, lambda tensors: tensors.update(before))
+
+
+MUTATED_BY_DOWN = ("experts.down_proj", "experts.down_proj_bias")
+
+
+def scale(tensors, end, factor):
+    for name in tensors:
+        if name.endswith(end):
+            tensors[name] *= factor
+
+
 @pytest.mark.parametrize("number", [8, 8.0])
 def test_the_right_number_is_lossless(number, dense, dense_outputs, tmp_path):
     """A whole number is a factor too (found by this test: it was taken for `exact`)."""

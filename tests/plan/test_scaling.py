@@ -36,13 +36,30 @@ def test_factor_is_that_of_the_paper(expansion, granularity, top_k, softmax_topk
         assert found.output == pytest.approx(factor)
 
 
+@pytest.mark.parametrize("name", ["exact", "down"])
 @given(mass=MASSES, granularity=GRANULARITIES, activation=st.sampled_from(ACTIVATIONS), gated=st.booleans())
-def test_exact_multiplies_the_ffn_by_the_factor(mass, granularity, activation, gated):
+def test_exact_and_down_multiply_the_ffn_by_the_factor(name, mass, granularity, activation, gated):
     """On a random FFN in float64, biases included, for every activation with and without a gate."""
-    scaling = layer_scaling("exact", mass=mass, granularity=granularity, activation=activation, gated=gated)
+    scaling = layer_scaling(name, mass=mass, granularity=granularity, activation=activation, gated=gated)
     assert scaling.output == pytest.approx(granularity / mass)
-    assert lossless("exact", mass=mass, granularity=granularity, activation=activation, gated=gated)
+    assert lossless(name, mass=mass, granularity=granularity, activation=activation, gated=gated)
     assert_multiplies(scaling, activation, gated)
+
+
+@given(mass=MASSES, granularity=GRANULARITIES, activation=st.sampled_from(ACTIVATIONS), gated=st.booleans())
+def test_down_scales_no_other_matrix(mass, granularity, activation, gated):
+    scaling = layer_scaling("down", mass=mass, granularity=granularity, activation=activation, gated=gated)
+    others = {role: factor for role, factor in scaling.matrix.items() if role != "down"}
+    assert set(others) == ({"up", "gate"} if gated else {"up"})
+    assert set(others.values()) == {1.0}
+    assert scaling.bias["up"] == 1.0
+
+
+@pytest.mark.parametrize(("factor", "same"), [(2.0, True), (16.0, False)])
+def test_exact_is_down_for_a_factor_of_two(factor, same):
+    """Why sweeps/router_order.yaml has no arm of `down` with topK-then-softmax, whose factor at G = 2 is 2."""
+    rule = {"mass": 2 / factor, "granularity": 2, "activation": "silu", "gated": True}
+    assert (layer_scaling("exact", **rule) == layer_scaling("down", **rule)) == same
 
 
 @given(mass=MASSES, granularity=GRANULARITIES, activation=st.sampled_from(ACTIVATIONS), gated=st.booleans())
@@ -77,7 +94,7 @@ def assert_multiplies(scaling, activation, gated):
 @given(mass=MASSES, granularity=GRANULARITIES)
 def test_down_bias_of_all_selected_experts_adds_up_to_one(mass, granularity):
     """Every selected expert adds the down bias, weighted: with weights that add up to `mass`, that must be one bias."""
-    for rule in ("exact", "paper", "calibrated"):
+    for rule in ("exact", "paper", "down", "calibrated"):
         scaling = layer_scaling(rule, mass=mass, granularity=granularity, activation="gelu", gated=False)
         assert scaling.bias["down"] * mass == pytest.approx(1.0)
 

@@ -269,7 +269,7 @@ def _losses(moe: MoeShape, init: InitConfig, *, exact_scale: bool, spread: float
 
 
 def _notes(moe: MoeShape, init: InitConfig, target: Target, router_std: float) -> Iterator[str]:
-    if moe.router_order == "softmax_topk" and init.scaling in ("exact", "calibrated"):
+    if moe.router_order == "softmax_topk" and init.scaling in ("exact", "down", "calibrated"):
         yield f"what remains comes from the router's spread (init.router_std={router_std:g})"
     if init.scaling == "calibrated":
         yield "convert measures the factors layer by layer; plan shows the expected ones"

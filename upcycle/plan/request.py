@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from upcycle.config import InitConfig, MoeConfig
 
 ROUTER_ORDERS: tuple[RouterOrder, ...] = ("softmax_topk", "topk_softmax")
-SCALING_RULES = ("exact", "paper", "calibrated", "none")
+SCALING_RULES = ("exact", "paper", "down", "calibrated", "none")
 INITS = ("virtual_group", "copy", "drop", "noise", "random")
 MOST_EXPERTS = 2**16
 GROUPED_INITS = ("virtual_group", "drop", "noise")

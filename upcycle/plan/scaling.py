@@ -84,7 +84,7 @@ def layer_scaling(rule: str | float, *, mass: float, granularity: int, activatio
     """The factors of one layer.
 
     Args:
-        rule: exact, paper, calibrated, none, or the factor a itself.
+        rule: exact, paper, down (all of a on the down matrix), calibrated, none, or the factor a itself.
         mass: router weight of the selected experts together, expected or measured.
         granularity: G.
         activation: transformers' name of the activation.
@@ -94,8 +94,10 @@ def layer_scaling(rule: str | float, *, mass: float, granularity: int, activatio
     if rule == "none":
         return unscaled(gated=gated)
     output = granularity / mass if isinstance(rule, str) else rule
-    place = paper if rule == "paper" else exact
-    return place(output, granularity=granularity, degree=homogeneity, gated=gated)
+    if rule == "paper":
+        return paper(output, granularity=granularity, degree=homogeneity, gated=gated)
+    placed = 0 if rule == "down" else homogeneity
+    return exact(output, granularity=granularity, degree=placed, gated=gated)
 
 
 def lossless(rule: str | float, *, mass: float, granularity: int, activation: str, gated: bool) -> bool:

@@ -94,7 +94,7 @@ class Stopwatch(Callback):
         self.seconds["service"] += sign * sum(each.user + each.system for each in service)
 
 
-def options(output: Path, steps: int) -> TrainConfig:
+def options(output: Path, steps: int, overrides: tuple[str, ...]) -> TrainConfig:
     given = [
         *MOE,
         "scale=laptop",
@@ -106,15 +106,16 @@ def options(output: Path, steps: int) -> TrainConfig:
         f"checkpoint_every={NEVER}",
         "wandb.mode=offline",
         "progress=false",
+        *overrides,
     ]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return typed_options(TrainConfig, compose("train", overrides=given))
 
 
-def measured(steps: int) -> dict[str, Any]:
+def measured(steps: int, *overrides: str) -> dict[str, Any]:
     """Train, and say what logging took."""
     with tempfile.TemporaryDirectory() as directory:
-        config = options(Path(directory) / "run", steps)
+        config = options(Path(directory) / "run", steps, overrides)
         watch = Stopwatch(2 * config.log_every)
         watch.watch(router, "measure", "routers")
         watch.watch(RoutingSums, "__add__", "routers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from io import BytesIO
 from typing import TYPE_CHECKING
 
@@ -18,10 +19,24 @@ from upcycle.analysis.figures import COLOURS, draw_explained, draw_shares
 from upcycle.errors import RecordError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
+# Linear sRGB to XYZ (IEC 61966-2-1), and to what eyes see of it without one kind of cones (Machado et al. 2009).
+SRGB = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+SEEN = {
+    "all cones": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "no long cones": (
+        (0.152286, 1.052583, -0.204868),
+        (0.114503, 0.786281, 0.099216),
+        (-0.00388, -0.048116, 1.051998),
+    ),
+    "no medium cones": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.01182, 0.04294, 0.968881)),
+    "no short cones": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.3039)),
+}
 ENDS = {"exact": [3.0, 3.1, 2.9], "none": [3.3, 3.2, 3.22], "paper": [2.8, 2.95, 2.71]}
 
 
@@ -66,17 +81,31 @@ def test_arms_differ_in_colour_marker_and_line(runs: pd.DataFrame) -> None:
         assert len({getattr(line, of)() for line in axes.lines}) == len(ENDS)
 
 
-def lightness(colour: str) -> float:
-    """CIE L* of a colour on the screen, 0 to 100."""
+def lab(colour: str, seen: Sequence[Sequence[float]] = SEEN["all cones"]) -> NDArray[np.float64]:
+    """CIE L*a*b* of a colour on the screen, as seen by an eye."""
     linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in to_rgb(colour)]
-    luminance = float(np.dot([0.2126, 0.7152, 0.0722], linear))
-    return 116 * luminance ** (1 / 3) - 16 if luminance > 0.008856 else 903.3 * luminance
+    relative = SRGB @ np.clip(np.array(seen) @ linear, 0, 1) / (SRGB @ np.ones(3))
+    x, y, z = np.where(relative > 0.008856, np.cbrt(relative), 7.787 * relative + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def nearest(colours: Sequence[str], seen: Sequence[Sequence[float]]) -> float:
+    """The smallest distance between two of them."""
+    return min(float(np.linalg.norm(lab(a, seen) - lab(b, seen))) for a, b in itertools.combinations(colours, 2))
 
 
 def test_colours_stand_out_from_white() -> None:
     """Every colour is at least 25 of 100 darker than the page; yellow, which was left out, is not."""
-    assert max(map(lightness, COLOURS)) < 75
-    assert lightness("#F0E442") > 75
+    assert max(lab(colour)[0] for colour in COLOURS) < 75
+    assert lab("#F0E442")[0] > 75
+
+
+@pytest.mark.parametrize("eye", SEEN)
+def test_colours_differ_for_every_eye(eye: str) -> None:
+    """By 15, which is several times what is just noticed. Red and green of matplotlib's own cycle do not."""
+    assert nearest(COLOURS, SEEN[eye]) > 15
+    if eye == "no medium cones":
+        assert nearest(["#d62728", "#2ca02c"], SEEN[eye]) < 15
 
 
 @pytest.mark.parametrize("seeds", [1, 3])

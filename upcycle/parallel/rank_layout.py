@@ -182,7 +182,7 @@ def _of_experts(layout: RankLayout, experts: int) -> Problem | None:
 def _remedy(
     asked: ParallelConfig | RankLayout, ranks: int, *, experts: int | None = None, heads: int | None = None
 ) -> str:
-    """The options that differ in the nearest layout: in its replicas, then its TP, then its EP, rather more than less."""
+    """The options that differ in the nearest layout: in its replicas, then its TP, then its EP, the larger of two."""
 
     def distance(layout: RankLayout) -> tuple[float, ...]:
         wanted = asked.replicate or 1, asked.tp or 1, asked.ep or layout.replica

@@ -168,8 +168,8 @@ def main() -> None:
         return
     logger = logging.getLogger("upcycle")
     logger.handlers = [_StandardError()]
-    logger.setLevel(logging.INFO)
     show_trace = os.environ.get(FULL_ERROR) == "1"
+    logger.setLevel(logging.DEBUG if show_trace else logging.INFO)
     try:
         with _full_errors():
             if "-sc" in arguments or "--shell-completion" in arguments:

@@ -225,6 +225,14 @@ def test_what_is_not_there(place: Path, changes: dict[str, Any], says: str) -> N
         report(place, **changes)
 
 
+def test_damaged_files_beside_the_sweep(place: Path) -> None:
+    (place / "others.json").write_text("{")
+    assert "12 of 12 runs finished" in words(report(place))
+    assert "12 of 12 runs finished" in words(report(place, name="copies"))
+    with pytest.raises(RecordError, match="the index of the sweep is damaged"):
+        report(place, name="others")
+
+
 def test_places_without_an_answer(place: Path, tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="no such directory"):
         report(tmp_path / "nowhere")

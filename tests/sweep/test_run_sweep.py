@@ -40,7 +40,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def test_a_shipped_sweep_runs_and_is_not_run_again(upcycle: Callable[..., Outcome], text: Path, tmp_path: Path) -> None:
-    given = ("train", "-m", *questions.shipped("layers", text), f"output={tmp_path / 'runs'}")
+    given = ("train", "-m", *questions.shipped("layers", text), f"output={tmp_path / 'runs'}", "wandb.tags=[mine]")
     first = upcycle(*given)
     assert first.status == 0, first.out + first.err
     runs = questions.runs(tmp_path / "runs", "layers")
@@ -49,6 +49,7 @@ def test_a_shipped_sweep_runs_and_is_not_run_again(upcycle: Callable[..., Outcom
         record = json.loads((run / "run.json").read_text())
         assert record["status"] == "finished"
         assert record["config"]["wandb"]["group"] == "layers"
+        assert record["config"]["wandb"]["tags"] == ["mine", "sweep:layers", f"arm:{arm}"]
         assert record["config"]["moe"]["layers"] == {"baseline": "all", "layers=[0]": [0]}.get(arm, "every_2")
         assert f"{record['summary']['val/loss']:.4f}" in first.out
         flops = f"{record['summary']['train/flops']:.3g}"
@@ -164,3 +165,21 @@ def test_a_killed_run_is_tried_again(
     assert run.with_name(run.name + ".log").read_text() == 3 * "killed by SIGKILL\n"
     assert "only, seed 0 (not started)" in ended.out
     assert "  killed by SIGKILL" in ended.out
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_launcher_that_breaks_says_where_it_is_asked(
+    full: bool, upcycle: Callable[..., Outcome], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def launch(self, *_: Any, **__: Any) -> None:
+            raise KeyError("a bug")
+
+    monkeypatch.setattr("hydra.core.plugins.Plugins.instantiate_launcher", lambda *_, **__: Broken())
+    monkeypatch.setenv("HYDRA_FULL_ERROR", str(int(full)))
+    mine = questions.own(tmp_path, sweep={"arms": {"only": []}})
+    ended = upcycle("train", "-m", *mine, *questions.shipped("mine", text), f"output={tmp_path / 'runs'}")
+    assert ended.status == 1
+    assert "the launcher ended early: KeyError: 'a bug'" in ended.err
+    assert "1 of 1 runs did not finish" in ended.out
+    assert ("in launch" in ended.err) == full

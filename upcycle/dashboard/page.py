@@ -16,6 +16,7 @@ from upcycle.dashboard.records import read_place
 from upcycle.dashboard.tables import provenance, run_rows, unit_of
 from upcycle.errors import ConfigError, OutputError
 from upcycle.files import write_text
+from upcycle.tracking.status import FINISHED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -101,6 +102,7 @@ def _page(records: Records, config: ReportConfig) -> str:
         differences=_html(differences, "differences") if differences else None,
         sections={title: charts for title, charts in sections.items() if charts},
         runs=run_rows(records, metric),
+        finished=FINISHED,
         provenance=provenance(records),
         confidence=CONFIDENCE,
         smallest=SMALLEST_PERCENT,

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from upcycle.render import duration
-from upcycle.sweep.job import FINISHED, status_of
+from upcycle.sweep.job import status_of
+from upcycle.tracking.status import FINISHED, NOT_STARTED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,6 +80,6 @@ def unfinished(ended: Sequence[Ending]) -> str:
         return ""
     parts = [f"{len(left)} of {len(ended)} runs did not finish; the same command goes on with them:"]
     for each in left:
-        parts.append(f"{each.job.arm}, seed {each.job.seed} ({each.status or 'not started'}): {each.job.directory}")
+        parts.append(f"{each.job.arm}, seed {each.job.seed} ({each.status or NOT_STARTED}): {each.job.directory}")
         parts += [textwrap.indent(line, "  ") for line in each.error]
     return "\n".join(parts)

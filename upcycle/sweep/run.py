@@ -73,7 +73,7 @@ def run_sweep(plan: SweepPlan, *, output: Path, overrides: Sequence[str], launch
     _check_ranks(config)
     check_renames(output / "run")
     write_index(plan, output)
-    waiting = [job for job in plan.jobs if status_of(job.directory) != FINISHED]
+    waiting = plan.left
     group = f"wandb.group={quoted(plan.name)}"  # first, so that the command line may name another
     jobs = [
         [group, *overrides, *job.overrides, *_as_job(job, f"{n} of {len(waiting)}")] for n, job in enumerate(waiting, 1)

@@ -11,7 +11,7 @@ import pytest
 from written_sweeps import START, write_sweep
 
 from upcycle.analysis import compare, draw_comparison, draw_curves, draw_frontier, frontier, iso_loss_saving
-from upcycle.analysis.prose import answer, introduction, judgement, table
+from upcycle.analysis.prose import NOT_RUN, answer, introduction, judgement, table
 from upcycle.analysis.questions import Claim, judge, load_sweep
 from upcycle.errors import RecordError, SourceError
 from upcycle.tracking.status import NOT_STARTED
@@ -83,7 +83,7 @@ def test_a_sweep_that_was_not_started_has_its_question(tmp_path: Path) -> None:
     sweep = load_sweep(tmp_path, "layers")
     assert (sweep.arms, len(sweep.runs), len(sweep.missing)) == ((), 0, 0)
     assert "**Hypothesis.** Every second layer keeps" in introduction(sweep)
-    assert "No run has finished; `upcycle train -m +sweeps=layers" in introduction(sweep)
+    assert f"{NOT_RUN} No run has finished; `upcycle train -m +sweeps=layers" in introduction(sweep)
     compared = sweep.only(BASELINE, HALF).called("all", "half").compare("all")
     assert answer(compared).startswith("Nothing can be said yet")
     for figure in (draw_comparison(compared), draw_curves(sweep.runs, arms="arm")):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from upcycle.analysis.questions import Sweep
 
+NOT_RUN = "**Not run at this scale.**"
 _VERDICTS = {"lower": "lower", "higher": "higher", "same": "within ±1 %", "underpowered": "too few pairs to tell"}
 _OUTCOMES = ("agrees", "disagrees", "undecided", "not measured")
 
@@ -104,7 +105,7 @@ def interval(low: float, high: float) -> str:
 def _method(sweep: Sweep) -> str:
     if not sweep.records:
         command = f"`upcycle train -m +sweeps={sweep.name} scale=laptop output=DIR`"
-        return f"**Method.** No run has finished; {command} makes the records."
+        return f"{NOT_RUN} No run has finished; {command} makes the records."
     return "**Method.** Arms are paired by seed, which decides routers and the order of the text.\n\n" + table(
         ["", ""], _settings(sweep).items()
     )

@@ -76,7 +76,7 @@ def run_sweep(plan: SweepPlan, *, output: Path, overrides: Sequence[str], launch
     _check_ranks(config)
     check_renames(output / "run")
     write_index(plan, output)
-    waiting = [job for job in plan.jobs if status_of(job.directory) != FINISHED]
+    waiting = plan.left
     group = f"wandb.group={quoted(plan.name)}"  # first, so that the command line may name another
     tags = [f"wandb.tags={literal([*config.wandb.tags, *sweep_tags(plan.name, job.arm)])}" for job in waiting]
     jobs = [

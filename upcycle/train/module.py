@@ -87,14 +87,18 @@ class TrainingModule(LightningModule):
             nn.Module.to(teacher, self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Count the micro-batches that were done as this number of ranks would have made them.
+        """Adapt what is of another number of ranks, or another layout, before Lightning restores it.
 
-        Lightning restores its count of them, and steps when it is a multiple of `accumulate_grad_batches`.
+        Lightning steps when the micro-batches that were done are a multiple of `accumulate_grad_batches`; a scheduler
+        has a rate for each group of parameters.
         """
         done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for count in (progress["total"], progress["current"]):
             count |= dict.fromkeys(count, done)
+        for scheduler in checkpoint["lr_schedulers"]:
+            del scheduler["base_lrs"], scheduler["_last_lr"]
+            scheduler["lr_lambdas"] = []
 
     def on_train_batch_start(self, _batch: Batch, batch_idx: int) -> int | None:
         """Leave the loop when a signal asked for it; otherwise seed the micro-batch."""

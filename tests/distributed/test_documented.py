@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent.parent
 LINES = [line for line in commands((ROOT / "docs/scaling.md").read_text()) if not line.startswith("upcycle plan ")]
-SHORTER = {"budget.tokens=4e6": "budget.tokens=65536 log_every=1 validation.windows=4 data.cache_dir=cache"}
+SHORTER = {"budget.tokens=4e6": "budget.tokens=32768 log_every=1 validation.windows=4 data.cache_dir=cache"}
 
 
 def interrupt(started: subprocess.Popen[str], run: Path) -> None:

@@ -95,10 +95,10 @@ def test_as_converted_and_loaded(case: str, layout: str, loaded: dict[Any, Any],
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_rank_reads_what_it_holds(layout: str, loaded: dict[Any, Any]) -> None:
+@pytest.mark.parametrize(("case", "layout"), COMBINED)
+def test_a_rank_reads_what_it_holds(case: str, layout: str, loaded: dict[Any, Any]) -> None:
     """float32 values of the source, each once: what a rank holds, without routers and gates, which are drawn."""
-    _, file = loaded["qwen2_moe", layout]
+    _, file = loaded[case, layout]
     whole = sum(value.numel() for value in torch.load(file, weights_only=True).values())
     for rank in json.loads(file.with_suffix(".json").read_text()):
         assert rank["bytes_read"] <= 4 * rank["elements"]

@@ -68,11 +68,12 @@ def start(config: TrainConfig, job: dict[str, Any]) -> None:
     """Build the model; save it whole to `file`, and what each rank read and holds beside it."""
     ranks = join_ranks(config.parallel, device_of(config))
     started = start_model(config, ranks)
-    whole, held = {}, 0
+    whole = {}
     for name, value in started.model.state_dict().items():
         # torch cannot gather a tensor without elements, such as those of Qwen2-MoE's shared expert of width 0.
         whole[name] = value.full_tensor() if isinstance(value, DTensor) and value.numel() else value
-        held += value.to_local().numel() if isinstance(value, DTensor) else value.numel()
+    parameters = started.model.parameters()
+    held = sum((each.to_local() if isinstance(each, DTensor) else each).numel() for each in parameters)
     read: list[Any] = [None] * ranks.size
     distributed.all_gather_object(read, {"bytes_read": started.bytes_read, "elements": held})
     if ranks.main:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from upcycle.parallel.config import ParallelConfig
 
 PACKAGES = ("upcycle", "torch", "lightning", "transformers")
-# Rank 0 reads, writes and converts alone while the others wait.
+# Rank 0 hashes the source, tokenizes the text and writes the record while the others wait.
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -130,6 +130,12 @@ def join_ranks(config: ParallelConfig | FoldingConfig | None, device: torch.devi
     if not ranks.main:
         logging.getLogger("upcycle").setLevel(logging.WARNING)  # rank 0 says what is the same on all
     return ranks
+
+
+def leave_ranks() -> None:
+    """End the process group, where there is one, after all that it was for."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _check_versions(ranks: Ranks) -> None:

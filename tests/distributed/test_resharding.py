@@ -52,7 +52,7 @@ def place(text_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
     for name in ("cut", "dangling"):
         shutil.copytree(root / "stopped", root / name, symlinks=True)
     shard = root / "cut/checkpoints/last.ckpt.2/__3_0.distcp"
-    shard.write_bytes(shard.read_bytes()[:-1000])
+    shard.write_bytes(shard.read_bytes()[:100])
     shutil.rmtree(root / "dangling/checkpoints/last.ckpt.2")
     ended = [run("fewer", "parallel=ep"), run("micro", "parallel=ep", *MICRO)]
     ended.append(run("tensor", "parallel=ep", kind="upcycled_moe"))

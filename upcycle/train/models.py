@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from upcycle.distributed.ranks import Ranks
+    from upcycle.parallel.rank_layout import RankLayout
     from upcycle.prepare import Conversion
     from upcycle.source import DenseSource
     from upcycle.train.config import TrainConfig
@@ -83,15 +84,27 @@ def start_model(config: TrainConfig, ranks: Ranks = ALONE) -> Start:
     with quietly():
         start = arms[config.model](config, ranks)
     if ranks.size > 1:
-        text = start.model.config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        check_heads(ranks.layout, heads, start.moe.experts if start.moe else None)
+        check_layout(start, ranks.layout)
         if ranks.layout.data > 1:
             check_units(start.model)
         settle(start.model)
     start.model.train()
     check_fits(start.model, start.tokenizer, config.sequence_length)
     return start
+
+
+def check_layout(start: Start, layout: RankLayout) -> None:
+    """Check that ranks can share a model so.
+
+    Raises:
+        ConfigError: its heads or its experts do not go into the layout.
+    """
+    text = start.model.config.get_text_config()
+    heads, experts = getattr(text, "num_key_value_heads", None) or text.num_attention_heads, None
+    if start.moe:
+        experts = start.moe.experts
+        check_experts(layout, experts)
+    check_heads(layout, heads, experts)
 
 
 def _check_options(config: TrainConfig, ranks: Ranks) -> None:

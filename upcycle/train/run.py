@@ -145,7 +145,7 @@ def _describe(run: Run) -> None:
 
 def prepare_run(config: TrainConfig, ranks: Ranks) -> Run:
     """Build model and data, and look at what is at the output; write nothing there."""
-    _check_batch(config, ranks.layout.data)
+    check_batch(config, ranks.layout.data)
     # On every rank: each may see the file system in another way.
     check_renames(expanded(config.output), links=ranks.size > 1)
     record = (Record if ranks.main else Spectator).open(expanded(config.output), config)
@@ -175,7 +175,7 @@ def check_options(config: TrainConfig) -> None:
     Raises:
         ConfigError: naming the option.
     """
-    _check_batch(config, 1)
+    check_batch(config, 1)
     positive = {
         "log_every": config.log_every,
         "checkpoint_every": config.checkpoint_every,
@@ -191,7 +191,16 @@ def check_options(config: TrainConfig) -> None:
         raise ConfigError("device=cuda is not there", found="no CUDA device", remedy="set device=auto")
 
 
-def _check_batch(config: TrainConfig, data_ranks: int) -> None:
+def check_batch(config: TrainConfig, data_ranks: int) -> None:
+    """Check that a step's sequences can be shared.
+
+    Args:
+        config: the options.
+        data_ranks: ranks with different samples.
+
+    Raises:
+        ConfigError: batch.micro does not divide them.
+    """
     batch = config.batch
     micro = batch.micro_sequences(data_ranks)
     if batch.sequences < 1 or micro < 1 or batch.sequences % (micro * data_ranks):

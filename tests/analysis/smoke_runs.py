@@ -22,7 +22,7 @@ def run_sweep(name: str, output: Path, overrides: Sequence[str]) -> None:
     given = [f"+sweeps={name}", "scale=smoke", *overrides]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose(COMMAND, overrides=given)
-        plan = plan_sweep(composed, name=name, overrides=given, output=output, execute=True)
+        plan = plan_sweep(composed, name=name, overrides=given, output=output, ranks=1, execute=True)
         configs = {arm.name: arm_config(arm, given, seed=composed.seed) for arm in plan.arms}
     write_index(plan, output)
     for job in plan.left:

@@ -148,6 +148,9 @@ judgement(
 # %%
 names = [f"{model}, {size}" for model in ("dense", "upcycle", "scratch") for size in ("half", "whole", "double")]
 budget = load_sweep(RECORDS, "budget").called(*names)
+introduction(budget)
+
+# %%
 both = egt.beside(budget.only("dense, whole"))
 compared = both.compare("dense, whole")
 draw_comparison(compared)

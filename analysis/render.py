@@ -3,7 +3,8 @@
     python analysis/render.py [--output DIR] [NAME ...]
 
 DIR/rendered/NAME.ipynb is the whole notebook; DIR/results/NAME.md its text without the code, with DIR/results/figures.
-What comes out depends on the records alone: no times, no random ids.
+What comes out depends on the records alone: no times, no random ids. Where no run of a sweep has finished, its section
+ends with its introduction, which says so: there is nothing to draw or to answer.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,11 @@ import nbformat
 from nbclient import NotebookClient
 from PIL import Image
 
+from upcycle.analysis.prose import NOT_RUN
+
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from nbformat import NotebookNode
 
 HERE = Path(__file__).parent
@@ -60,6 +66,7 @@ def render(source: Path) -> NotebookNode:
         resources={"metadata": {"path": str(source.parent)}},
     )
     client.execute()
+    notebook.cells = list(_with_something_to_say(notebook.cells))
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"
         for output in cell.get("outputs", []):
@@ -67,6 +74,20 @@ def render(source: Path) -> NotebookNode:
             if "image/png" in data:
                 data["image/png"] = _smaller(data["image/png"])
     return notebook
+
+
+def _with_something_to_say(cells: Iterable[NotebookNode]) -> Iterator[NotebookNode]:
+    """Leave out what follows the introduction of a sweep that was not run, up to the next heading of that level."""
+    level = silent = 0  # of the heading above, and of the one above such an introduction
+    for cell in cells:
+        heading = re.match("#+ ", cell["source"]) if cell["cell_type"] == "markdown" else None
+        if heading:
+            level = len(heading[0])
+            silent = 0 if level <= silent else silent
+        if not silent:
+            yield cell
+        if any(NOT_RUN in output.get("data", {}).get("text/markdown", "") for output in cell.get("outputs", [])):
+            silent = silent or level
 
 
 def write_page(notebook: NotebookNode, results: Path, name: str) -> None:

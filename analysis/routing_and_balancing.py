@@ -202,12 +202,7 @@ judgement(
 # ## 3. Over what to balance
 
 # %%
-names = {
-    f"statistics={over} aux_loss={weight}": f"{over}, {weight}"
-    for over in ("micro_batch", "global_batch")
-    for weight in (0.01, 0.1)
-}
-statistics = load_sweep(RECORDS, "balance_statistics").renamed(names)
+statistics = load_sweep(RECORDS, "balance_statistics")
 introduction(statistics)
 
 # %%

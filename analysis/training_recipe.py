@@ -226,6 +226,8 @@ introduction(search)
 answer(search.compare("dense").sort_values("value", ignore_index=True))
 
 # %% [markdown]
+# ## 6. The recipe on fresh seeds
+#
 # One pair gives no interval, and the best of many is flattered by luck. So the winner runs again on seeds that the
 # search has not seen, against the dense model that goes on with the same peak, and with the best peak that was found
 # for it:

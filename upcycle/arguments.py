@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 
 CONF = Path(__file__).parent / "conf"
 MULTIRUN = ("-m", "--multirun")
+SWEEPS = "+sweeps"  # what names a file of sweeps/
 ARM = "arm"  # of a sweep, to run it alone
 EXTRA_LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")  # slurm is the last one with other values
 BESIDE = ("hydra", "sweep", ARM)  # what of a composed config is no option of the command
 
 # What an arm needs to differ from a scale by a factor: `${times:${schedule.peak},0.3}`.
 OmegaConf.register_new_resolver("times", lambda one, other: one * other, replace=True)
+# And to keep what a scale may have set: `${first:${batch.micro},4}`.
+OmegaConf.register_new_resolver("first", lambda one, other: other if one is None else one, replace=True)
 
 
 def literal_paths(options: Iterable[str], arguments: Sequence[str]) -> list[str]:
@@ -49,6 +52,12 @@ def file_choices(groups: Iterable[str], arguments: Sequence[str]) -> list[str]:
     return spelt
 
 
+def sweep_choice(argument: str) -> str:
+    """Spell `sweeps/NAME` or `sweeps/NAME.yaml` as Hydra knows it: `+sweeps=NAME`. Other arguments stay as they are."""
+    named = re.fullmatch(r"sweeps/([^/=]+?)(\.yaml)?", argument)
+    return f"{SWEEPS}={named[1]}" if named else argument
+
+
 def is_sweep(arguments: Sequence[str]) -> bool:
     """Whether Hydra will run the command over several values."""
     return any(argument in MULTIRUN or argument.upper() == "HYDRA.MODE=MULTIRUN" for argument in arguments)
@@ -57,7 +66,7 @@ def is_sweep(arguments: Sequence[str]) -> bool:
 def names_sweep(arguments: Sequence[str]) -> bool:
     """Whether the arms of a file of `sweeps/` are to run, which expands them itself: in a multirun, or one by name."""
     one = any(argument.lstrip("+").startswith(f"{ARM}=") for argument in arguments)
-    return (one or is_sweep(arguments)) and any(argument.startswith("+sweeps=") for argument in arguments)
+    return (one or is_sweep(arguments)) and any(argument.startswith(f"{SWEEPS}=") for argument in arguments)
 
 
 def without_multirun(arguments: Sequence[str]) -> list[str]:

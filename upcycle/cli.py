@@ -23,12 +23,14 @@ from upcycle.arguments import (
     ARM,
     CONF,
     MULTIRUN,
+    SWEEPS,
     file_choices,
     is_sweep,
     literal_paths,
     names_sweep,
     quoted,
     readable,
+    sweep_choice,
     typed_options,
     without_multirun,
 )
@@ -59,7 +61,7 @@ class Command:
         options: dataclass of its options; None where the function takes the config as it is composed.
         function: "module:function" that takes the options and returns the exit status.
         paths: options that are paths, whose values are taken literally.
-        positional: option that a bare first argument stands for.
+        positional: option that a bare first argument stands for; SWEEPS takes a file of `sweeps/` alone.
         files: groups of options that a YAML file can stand for.
     """
 
@@ -102,18 +104,21 @@ COMMANDS = {
         options=None,
         function="upcycle.sweep.command:show",
         paths=("source", "output", "tokenizer", "agent"),
+        positional=SWEEPS,
     ),
     "dashboard": Command(
         summary="the W&B workspace of a sweep",
         options=None,
         function="upcycle.dashboard.command:dashboard",
         paths=("source", "output", "tokenizer"),
+        positional=SWEEPS,
     ),
     "report": Command(
         summary="a sweep on one HTML page that needs nothing but a browser",
         options=reporting.ReportConfig,
         function="upcycle.commands:report",
         paths=("runs", "output"),
+        positional="runs",
     ),
     "sync": Command(
         summary="send to W&B what is in the records of runs and not there yet",
@@ -168,8 +173,8 @@ def main() -> None:
         return
     logger = logging.getLogger("upcycle")
     logger.handlers = [_StandardError()]
-    logger.setLevel(logging.INFO)
     show_trace = os.environ.get(FULL_ERROR) == "1"
+    logger.setLevel(logging.DEBUG if show_trace else logging.INFO)
     try:
         with _full_errors():
             if "-sc" in arguments or "--shell-completion" in arguments:
@@ -272,6 +277,8 @@ def _expand_positional(command: Command, arguments: Sequence[str]) -> list[str]:
     """Put the option's name before a bare first argument; a path may well contain "="."""
     if not command.positional or not arguments or arguments[0].startswith(("-", "+", "~", "hydra")):
         return list(arguments)
+    if command.positional == SWEEPS:
+        return [sweep_choice(arguments[0]), *arguments[1:]]
     key, equals, _ = arguments[0].partition("=")
     if equals and command.options and key in {field.name for field in fields(command.options)}:
         return list(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from scipy import stats
 from written import write_arms, write_run
 
-from upcycle.analysis import compare, gap_closure, load_runs
+from upcycle.analysis import compare, gap_closure, iso_loss_saving, load_runs
 from upcycle.errors import RecordError
 
 if TYPE_CHECKING:
@@ -193,3 +194,21 @@ def test_gap_closure_refuses_what_compare_refuses(tmp_path: Path) -> None:
         gap_closure(frame, arms="init.scaling", baseline="exact", reference="paper")
     with pytest.raises(RecordError, match="did you mean paper"):
         gap_closure(frame, arms="init.scaling", baseline="exact", reference="papers")
+
+
+@pytest.mark.parametrize("status", ["interrupted", "running", "failed", None])
+def test_runs_that_have_not_finished_are_refused_unless_told(tmp_path: Path, status: str | None) -> None:
+    """Even where they have come as far as the others."""
+    write_arms(tmp_path, {"exact": EXACT, "none": NONE, "paper": PAPER[:2]})
+    last = write_run(
+        tmp_path / "odd", (4.0, 3.5, PAPER[2]), changes=("init.scaling=paper",), seed=2, facts={"status": status}
+    )
+    frame = load_runs(tmp_path)
+    asked = {"arms": "init.scaling", "baseline": "exact"}
+    for ask in (compare, partial(gap_closure, reference="none"), iso_loss_saving):
+        with pytest.raises(RecordError, match="runs have not finished") as error:
+            ask(frame, **asked)
+        assert f"{last} ({status or 'null'})" in str(error.value)
+        assert "allow=['status']" in str(error.value)
+        assert ask(frame, **asked, allow=["status"])["pairs"].max() == 3
+        assert ask(frame[frame["status"] == "finished"], **asked)["pairs"].min() == 2

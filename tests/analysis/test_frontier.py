@@ -110,3 +110,39 @@ def test_saving_needs_the_same_data_and_no_budget(tmp_path: Path) -> None:
     write_run(tmp_path / "other", (4.0, 2.5), changes=("init.scaling=none",), facts={"data_hash": "e"})
     with pytest.raises(RecordError, match="their data differ"):
         iso_loss_saving(load_runs(tmp_path), arms="init.scaling", baseline="exact")
+
+
+def test_saving_without_another_arm_has_its_columns(runs: pd.DataFrame) -> None:
+    alone = iso_loss_saving(runs[runs["model"] == "scratch"], arms="model", baseline="scratch")
+    assert alone.empty
+    assert list(alone) == list(iso_loss_saving(runs, arms="model", baseline="scratch", allow=["source"]))
+
+
+@pytest.mark.parametrize(
+    ("facts", "what"),
+    [
+        ({"data_hash": "e" * 64}, "data"),
+        ({"order_hash": "e" * 64}, "order"),
+        ({"source_sha256": {"f": "e"}}, "source"),
+    ],
+)
+def test_a_frontier_of_runs_that_share_nothing_is_refused_unless_told(
+    tmp_path: Path, runs: pd.DataFrame, facts: dict[str, object], what: str
+) -> None:
+    """One run of another text, order or dense model is enough; that of random weights has none, and is no other."""
+    write_run(tmp_path / "odd", (4.0, 3.0, 2.0), seed=1, changes=("model=dense",), facts=facts)
+    frame = load_runs(tmp_path)
+    with pytest.raises(RecordError, match=f"the runs do not share their {what}\n") as error:
+        frontier(frame, arms="model")
+    assert f"allow=['{what}']" in str(error.value)
+    assert set(frontier(frame, arms="model", allow=[what])["arm"]) == {"dense", "scratch", "upcycle"}
+    with pytest.raises(RecordError, match="did you mean order"):
+        frontier(frame, arms="model", allow=["orders"])
+
+
+def test_a_frontier_is_of_finished_runs(tmp_path: Path, runs: pd.DataFrame) -> None:
+    write_run(tmp_path / "u2", (4.0, 3.0), seed=2, facts={"status": "interrupted"})
+    frame = load_runs(tmp_path)
+    with pytest.raises(RecordError, match="runs have not finished"):
+        frontier(frame, arms="model")
+    assert frontier(frame, arms="model", allow=["status"])["seeds"].max() == 3

@@ -11,9 +11,10 @@ import pytest
 from written_sweeps import START, write_sweep
 
 from upcycle.analysis import compare, draw_comparison, draw_curves, draw_frontier, frontier, iso_loss_saving
-from upcycle.analysis.prose import answer, introduction, judgement, table
-from upcycle.analysis.questions import NOT_STARTED, Claim, judge, load_sweep
-from upcycle.errors import RecordError
+from upcycle.analysis.prose import NOT_RUN, answer, introduction, judgement, table
+from upcycle.analysis.questions import Claim, judge, load_sweep
+from upcycle.errors import RecordError, SourceError
+from upcycle.tracking.status import NOT_STARTED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -63,12 +64,26 @@ def test_what_is_missing_is_named(layers: Sweep, directory: Path, tmp_path: Path
     assert "`baseline` (seed 0, 1, 2 not started), `layers=every_2`" in introduction(started)
 
 
+def test_damaged_records_are_named(tmp_path: Path) -> None:
+    arms = write_sweep(tmp_path, "layers", end=end)
+    run = tmp_path / f"layers-{arms.index(HALF)}-1" / "run.json"
+    run.write_text(json.dumps({name: value for name, value in json.loads(run.read_text()).items() if name != "status"}))
+    missing = load_sweep(tmp_path, "layers").missing
+    assert missing.to_dict("records") == [{"arm": HALF, "seed": 1, "status": NOT_STARTED}]
+    run.write_text("[]")
+    with pytest.raises(SourceError, match=r"run\.json is damaged"):
+        load_sweep(tmp_path, "layers")
+    (tmp_path / "layers.json").write_text("{")
+    with pytest.raises(RecordError, match="the index of the sweep is damaged"):
+        load_sweep(tmp_path, "layers")
+
+
 def test_a_sweep_that_was_not_started_has_its_question(tmp_path: Path) -> None:
     """And everything that a notebook does with it goes through, and says that there is nothing yet."""
     sweep = load_sweep(tmp_path, "layers")
     assert (sweep.arms, len(sweep.runs), len(sweep.missing)) == ((), 0, 0)
     assert "**Hypothesis.** Every second layer keeps" in introduction(sweep)
-    assert "No run has finished; `upcycle train -m +sweeps=layers" in introduction(sweep)
+    assert f"{NOT_RUN} No run has finished; `upcycle train -m +sweeps=layers" in introduction(sweep)
     compared = sweep.only(BASELINE, HALF).called("all", "half").compare("all")
     assert answer(compared).startswith("Nothing can be said yet")
     for figure in (draw_comparison(compared), draw_curves(sweep.runs, arms="arm")):
@@ -110,6 +125,9 @@ def test_arms_that_share_no_seed_are_left_out(directory: Path, layers: Sweep, tm
     assert sweep.compare(BASELINE)["arm"].tolist() == [FIRST]
     assert sweep.only(BASELINE, HALF).compare(BASELINE).empty
     assert sweep.only(HALF).compare(HALF).empty
+    saved = sweep.only(HALF).saving(HALF, sunk_flops=0.0)
+    assert saved.empty
+    assert list(saved) == list(sweep.saving(BASELINE, sunk_flops=0.0))
     assert list(sweep.only(HALF).records) == [str(tmp_path / f"layers-{arms.index(HALF)}-{seed}") for seed in (0, 1)]
 
 
@@ -171,9 +189,11 @@ def test_the_words_follow_the_records(layers: Sweep, directory: Path) -> None:
         "256 M tokens",
         "2 steps",
         "x86_64, 2 CPUs, 1 threads a run",
-        "python 3.11.0, upcycle 0.1.0; commit cccccccccc",
+        "python 3.11.0, upcycle 0.1.0; commit cccccccccc |",
     ):
         assert fact in said
+    dirty = {run: {**record, "git_dirty": True} for run, record in layers.records.items()}
+    assert "commit cccccccccc with changes |" in introduction(replace(layers, records=dirty))
     row = layers.compare(BASELINE).iloc[0]
     assert f"| {row['value']:.4f} | {row['percent']:+.2f} % |" in answer(layers.compare(BASELINE))
     assert answer(layers.compare(BASELINE)).startswith(

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from written import write_run
 
 from upcycle.arguments import CONF
-from upcycle.cli import typed_options
-from upcycle.sweep.config import SweepConfig
 from upcycle.sweep.expand import expand
+from upcycle.sweep.plan import COMMAND, sweep_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
     from pathlib import Path
+
+    from upcycle.sweep.config import SweepConfig
 
 START = 1.5
 SURROUNDINGS = {
@@ -30,10 +30,7 @@ SURROUNDINGS = {
 def options(name: str) -> SweepConfig:
     """Those of a shipped sweep at scale=smoke."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose("train", overrides=[f"+sweeps={name}", "scale=smoke"])
-    plain: Any = OmegaConf.to_container(composed.sweep, resolve=True)
-    made: SweepConfig = typed_options(SweepConfig, OmegaConf.create(plain))
-    return made
+        return sweep_options(compose(COMMAND, overrides=[f"+sweeps={name}", "scale=smoke"]))
 
 
 def write_sweep(

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from conversions import options
-from models import build, save
+from gguf import GGMLQuantizationType as Kind
+from gguf_files import write_gguf
+from models import build, save, tokenizer
+from safetensors.torch import load_file
 
-from upcycle import workers
+from upcycle import prepare, workers
 from upcycle.convert import convert
+from upcycle.errors import OutputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from upcycle.config import ConvertConfig
@@ -44,6 +49,69 @@ def test_processes_write_the_same_bytes(init: str, target: str, source: Path, tm
     assert two
     assert len(list(one.glob("*.safetensors"))) > 2
     assert hashes(one) == hashes(two)
+
+
+def pickled(directory: Path) -> Path:
+    """A checkpoint whose weights are a .bin file."""
+    save(build("llama"), directory, dtype=torch.bfloat16)
+    weights = directory / "model.safetensors"
+    torch.save(load_file(weights), directory / "pytorch_model.bin")
+    weights.unlink()
+    return directory
+
+
+def quantised(directory: Path) -> Path:
+    directory.mkdir()
+    return write_gguf(directory / "tiny.gguf", [Kind.Q8_0, Kind.F16])
+
+
+@pytest.mark.parametrize("made", [pickled, quantised])
+def test_processes_read_what_is_not_safetensors(made: Callable[[Path], Path], tmp_path: Path) -> None:
+    """Each opens the source itself, and widens what it reads to float32."""
+    source = made(tmp_path / "dense")
+    given = {"max_shard_size": "40KB", "dtype": "float32"}
+    one = converted(options(source, tmp_path / "one", **given))
+    two = converted(options(source, tmp_path / "two", workers=2, **given))
+    assert one
+    assert two
+    files = list(two.glob("*.safetensors"))
+    assert len(files) > 2
+    assert {tensor.dtype for file in files for tensor in load_file(file).values()} == {torch.float32}
+    assert hashes(one) == hashes(two)
+
+
+CALIBRATED = {"scaling": "calibrated", "router_std": 0.2, "max_shard_size": SMALL}
+
+
+@pytest.fixture
+def speaking(source: Path) -> Path:
+    """The source with a tokenizer, for what measures on text."""
+    tokenizer().save_pretrained(source)
+    return source
+
+
+def test_every_part_calibrates_anew(speaking: Path, tmp_path: Path) -> None:
+    """And finds the same factors, to the last bit."""
+    one = converted(options(speaking, tmp_path / "one", **CALIBRATED))
+    assert converted(options(speaking, tmp_path / "parts", part="1/2", **CALIBRATED)) is None
+    whole = converted(options(speaking, tmp_path / "parts", part="2/2", **CALIBRATED))
+    assert one
+    assert whole
+    assert hashes(one) == hashes(whole)
+
+
+def test_parts_that_measured_otherwise_do_not_mix(
+    speaking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert converted(options(speaking, tmp_path / "parts", part="1/2", **CALIBRATED)) is None
+    measured = prepare.measured_masses
+
+    def elsewhere(*given: Any, **named: Any) -> dict[int, float]:
+        return {layer: mass * (1 + 2**-40) for layer, mass in measured(*given, **named).items()}
+
+    monkeypatch.setattr(prepare, "measured_masses", elsewhere)
+    with pytest.raises(OutputError, match=r"with other settings or another source(.|\n)*plan"):
+        converted(options(speaking, tmp_path / "parts", part="2/2", **CALIBRATED))
 
 
 def test_parts_write_the_same_bytes(source: Path, tmp_path: Path) -> None:

@@ -225,6 +225,14 @@ def test_what_is_not_there(place: Path, changes: dict[str, Any], says: str) -> N
         report(place, **changes)
 
 
+def test_damaged_files_beside_the_sweep(place: Path) -> None:
+    (place / "others.json").write_text("{")
+    assert "12 of 12 runs finished" in words(report(place))
+    assert "12 of 12 runs finished" in words(report(place, name="copies"))
+    with pytest.raises(RecordError, match="the index of the sweep is damaged"):
+        report(place, name="others")
+
+
 def test_places_without_an_answer(place: Path, tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="no such directory"):
         report(tmp_path / "nowhere")
@@ -256,7 +264,10 @@ def test_the_command(place: Path, tmp_path: Path, upcycle: Callable[..., Outcome
     written = upcycle("report", f"runs={place}", f"output={tmp_path / 'new' / 'report.html'}", "baseline=dense")
     assert (written.status, written.out) == (0, f"wrote {tmp_path / 'new' / 'report.html'}\n")
     assert not list((tmp_path / "new").glob("*.tmp"))
-    upcycle("report", f"runs={place}").refused("a required option is missing", remedy="output=")
+    written = upcycle("report", place, "baseline=dense")
+    assert (written.status, written.out) == (0, f"wrote {place / 'report.html'}\n")
+    assert (place / "report.html").read_bytes() == (tmp_path / "new" / "report.html").read_bytes()
+    upcycle("report").refused("a required option is missing", remedy="runs=")
     upcycle("report", f"runs={tmp_path / 'x'}", f"output={tmp_path / 'y'}").refused("there is no such directory")
 
 
@@ -271,9 +282,9 @@ def test_of_a_sweep_that_ran(tmp_path: Path, text: Path, upcycle: Callable[..., 
     runs = tmp_path / "runs"
     trained = upcycle("train", "-m", *questions.shipped("layers", text), f"output={runs}")
     assert trained.status == 0, trained.err
-    written = upcycle("report", f"runs={runs}", f"output={tmp_path / 'report.html'}")
+    written = upcycle("report", runs)
     assert written.status == 0, written.err
-    page = (tmp_path / "report.html").read_text()
+    page = (runs / "report.html").read_text()
     assert "3 of 3 runs finished" in words(page)
     titles = re.findall(r"<h3>(.*?)</h3>", page)
     assert {"Load of each expert: baseline", "MaxVio", "Held-out loss against FLOPs", "Step time"} <= set(titles)

@@ -120,9 +120,17 @@ def test_the_command_prints_or_writes_what_is_valid(upcycle: Callable[..., Outco
 
 def test_what_the_command_needs(upcycle: Callable[..., Outcome]) -> None:
     upcycle("dashboard", "scale=smoke").refused("there is no sweep", remedy="+sweeps=NAME")
-    upcycle("dashboard", "+sweeps=router_ordr", "scale=smoke").refused(
+    upcycle("dashboard", "sweeps/router_ordr", "scale=smoke").refused(
         "unknown value for sweeps", found="router_ordr", remedy="router_order"
     )
+
+
+@pytest.mark.parametrize("name", ["sweeps/layers", "sweeps/layers.yaml"])
+def test_a_file_of_sweeps_is_its_name(name: str, upcycle: Callable[..., Outcome]) -> None:
+    for command in ("dashboard", "plan-sweep"):
+        given = ("scale=smoke", f"source={SOURCE}")
+        assert upcycle(command, name, *given).out == upcycle(command, "+sweeps=layers", *given).out != ""
+    upcycle("dashboard", "layers", "scale=smoke").refused("cannot read an argument", found="layers")
 
 
 def keep_views(server: Server) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import models
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from upcycle.data.config import MIXTURE, DataConfig, DomainConfig
 from upcycle.parallel.config import FoldingConfig
 from upcycle.parallel.gpu import Gpu
-from upcycle.train.config import ExportConfig, RecipeConfig
+from upcycle.train.config import ExportConfig, RecipeConfig, TrainConfig
 
 EXPERTS = 8
 TYPES: dict[str, dict[str, Any]] = {
@@ -24,15 +26,31 @@ TYPES: dict[str, dict[str, Any]] = {
 
 
 def checkpoint(model_type: str, directory: Path, *, tokenizer: Path, **fields: Any) -> Path:
-    """A checkpoint with random weights, and the tokenizer of another one."""
+    """A checkpoint with random weights, large enough that every tensor matters, and the tokenizer of another one."""
     sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
-    config = AutoConfig.for_model(model_type, **{**sizes, **TYPES[model_type], **fields})
+    given: dict[str, Any] = {**sizes, **TYPES[model_type], **fields}
+    config = AutoConfig.for_model(model_type, **given)
     torch.manual_seed(0)
-    models.save(AutoModelForCausalLM.from_config(config), directory)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, mean=1, std=0.2)
+    models.save(model, directory)
     for file in tokenizer.glob("tokenizer*"):
         shutil.copy(file, directory)
     return directory
+
+
+def with_mixture(config: TrainConfig, text: Path, *, held_out: float) -> TrainConfig:
+    """A run's options with two domains, code and rest, of weights 3 and 0.5."""
+    domains = {
+        "code": DomainConfig(name="text", files=f"{text}/[a-c]*.txt", weight=3.0),
+        "rest": DomainConfig(name="text", files=f"{text}/[d-z]*.txt", weight=0.5),
+    }
+    data = DataConfig(name=MIXTURE, domains=domains, held_out=held_out, cache_dir=config.data.cache_dir)
+    return replace(config, data=data)
 
 
 def request(output: Path, *, run: Path | None = None, moe: Path | None = None, **changes: Any) -> ExportConfig:

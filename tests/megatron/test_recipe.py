@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 import training
 from cli import process
 from models import token_ids
-from recipes import EXPERTS, TYPES, assignments, checkpoint, request
+from recipes import EXPERTS, TYPES, assignments, checkpoint, request, with_mixture
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from upcycle.errors import ConfigError, SourceError, UpcycleError
@@ -24,6 +25,8 @@ from upcycle.train.config import RecipeConfig
 from upcycle.train.export import export
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from upcycle.train.config import ExportConfig
 
 pytest_plugins = ("text_model",)
@@ -84,16 +87,6 @@ def test_the_best_folding_is_chosen_where_none_is_given(sources: dict[str, Path]
     assert found["expert_tensor_parallel_size"] == 1
 
 
-def test_the_job_has_the_nodes_and_parses(sources: dict[str, Path], tmp_path: Path) -> None:
-    script = export_recipe(request(tmp_path / "out", moe=sources["mixtral"], nodes=2)) / "train.sbatch"
-    subprocess.run(["bash", "-n", script], check=True)
-    text = script.read_text()
-    assert "#SBATCH --nodes=2\n" in text
-    assert "#SBATCH --gpus-per-node=8\n" in text
-    assert "--nnodes=2 --nproc-per-node=8" in text
-    assert "#SBATCH --requeue\n" in text
-
-
 @pytest.mark.parametrize(("normalised", "pre_softmax"), [(True, False), (False, True)])
 def test_the_order_of_softmax_and_top_k(tmp_path: Path, text_model: Path, normalised: bool, pre_softmax: bool) -> None:
     source = checkpoint("olmoe", tmp_path / "moe", tokenizer=text_model, norm_topk_prob=normalised)
@@ -129,6 +122,46 @@ def test_a_run_brings_its_settings(text: Path, text_model: Path, tmp_path: Path)
     weights = [AutoModelForCausalLM.from_pretrained(each).state_dict() for each in (directory, plain)]
     assert not training.differing_tensors(*weights)
     assert {file.name for file in plain.iterdir()} < {file.name for file in directory.iterdir()}
+
+
+@pytest.mark.parametrize("held_out", [0, 2])
+def test_a_mixture_brings_its_weights_and_what_is_held_out(
+    text: Path, text_model: Path, tmp_path: Path, held_out: int
+) -> None:
+    options = training.options(text, tmp_path / "run", f"source='{text_model}'", *MOE_RUN)
+    training.run(with_mixture(options, text, held_out=held_out))
+    directory = export_recipe(request(tmp_path / "out", run=tmp_path / "run"))
+    found = assignments(directory / "recipe.py")
+    assert found["DOMAINS"] == {"code": 3, "rest": 0.5}
+    assert [*found["DOMAINS"]] == ["code", "rest"]  # the order of the prefixes in DATA
+    assert found["eval_iters"] == bool(held_out)
+    assert assignments(directory / "tokenize_data.py")["HELD_OUT"] == held_out
+    assert ("held-out" in (directory / "recipe.py").read_text().partition("def config")[2]) == bool(held_out)
+
+
+def without_tokenizer(directory: Path) -> None:
+    for file in directory.glob("tokenizer*"):
+        file.unlink()
+
+
+def without_end_of_text(directory: Path) -> None:
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"), [(without_tokenizer, "no tokenizer"), (without_end_of_text, "no end-of-text token")]
+)
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_checkpoint_that_cannot_end_a_document_is_refused(
+    text_model: Path, tmp_path: Path, model_type: str, spoil: Callable[[Path], None], words: str
+) -> None:
+    source = checkpoint(model_type, tmp_path / "moe", tokenizer=text_model)
+    spoil(source)
+    with pytest.raises(SourceError, match=words):
+        export_recipe(request(tmp_path / "out", moe=source))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "llama"])
@@ -197,7 +230,15 @@ def test_tp_has_to_divide_the_vocabulary(text_model: Path, tmp_path: Path) -> No
 SCHEDULE = "{start: 1e-3, end: 0, steps: 2}"
 
 
-@pytest.mark.parametrize("option", ["router.noisy_top_k=true", "optim.router_lr=0.5", f"balance.z_loss={SCHEDULE}"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "router.noisy_top_k=true",
+        "optim.router_lr=0.5",
+        f"balance.z_loss={SCHEDULE}",
+        "data.document_attention=true",
+    ],
+)
 def test_training_that_megatron_cannot_express_is_refused(
     text: Path, text_model: Path, tmp_path: Path, option: str
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 from published import MODELS, folding, gpu, workload
 
 from upcycle.errors import ConfigError
-from upcycle.parallel.check import checked_layout, divisors
+from upcycle.parallel.check import checked_layout
 from upcycle.parallel.config import ParallelConfig
 
 COARSE, FINE = MODELS["Mixtral 8x22B"], MODELS["Mixtral 8x22B-G8T8"]
@@ -51,10 +51,11 @@ def test_hsdp():
         (folding(cp=0), 1, "parallel.cp is out of range", "0", None),
         (fsdp(tp=2, replicate=3), 2, "no layout of these options", "16 ranks for replicate=3", "12 or 18 ranks"),
         (fsdp(fsdp=4), 1, "no layout of these options", "8 ranks for replicate=1, fsdp=4", "4 ranks"),
-        (fsdp(tp=2, ep=1), 1, "does not split experts", "tp=2, ep=1", "parallel.ep=8"),
-        (fsdp(tp=4, ep=2), 1, "ep does not fit the ranks", "ep=2 of fsdp * tp = 8", "set parallel.ep=8"),
-        (fsdp(ep=8), 16, "more ranks than experts", "fsdp * tp = 128, 64 experts", "parallel.replicate=2"),
-        (fsdp(tp=2, ep=8), 32, "more ranks than experts", "fsdp * tp = 256", "parallel.replicate=4"),
+        (fsdp(tp=2, ep=1), 1, "does not split experts", "tp=2, ep=1", "set parallel.ep=2"),
+        (fsdp(tp=4, ep=2), 1, "ep does not fit the ranks", "ep=2 of fsdp * tp = 8", "set parallel.ep=4"),
+        (fsdp(ep=8), 16, "more ranks than experts", "= 128, 64 experts", "parallel.replicate=2 parallel.fsdp=64"),
+        (fsdp(tp=2, ep=8), 32, "more ranks than experts", "tp = 256", "parallel.replicate=4 parallel.fsdp=32"),
+        (fsdp(tp=16, ep=16), 2, "heads of keys and values", "tp=16, 8 heads", "set parallel.fsdp=2 parallel.tp=8"),
     ],
 )
 def test_impossible_layouts_name_the_nearest(parallel, nodes, what, found, remedy):
@@ -98,7 +99,3 @@ def test_sequences_are_cut_evenly():
 @pytest.mark.parametrize("step", [workload(0), workload(micro=0), workload(length=-1)])
 def test_workloads_are_positive(step):
     assert "is out of range" in refused(folding(), 1, step=step)
-
-
-def test_divisors():
-    assert divisors(56) == [1, 2, 4, 7, 8, 14, 28, 56]

@@ -8,7 +8,7 @@ import pytest
 from published import RUNS, workload
 
 from upcycle.parallel.communication import KINDS, communication
-from upcycle.parallel.layout import Layout
+from upcycle.parallel.folding import Folding
 from upcycle.parallel.step import Step
 
 BEST = next(run for run in RUNS if run.model == "Mixtral 8x22B" and run.best)
@@ -39,7 +39,7 @@ def test_by_hand():
 
 
 def test_a_single_gpu_sends_nothing():
-    layout = Layout(engine="megatron", tp=1, dp=1, ep=1, edp=1)
+    layout = Folding(engine="megatron", tp=1, dp=1, ep=1, edp=1)
     assert not communication(replace(STEP, layout=layout))
     assert not communication(replace(STEP, layout=replace(layout, engine="transformers")))
 
@@ -80,7 +80,7 @@ def test_recomputation_repeats_the_forward_pass():
 
 
 def test_transformers_gathers_weights_for_every_pass():
-    layout = Layout(engine="transformers", tp=1, dp=8, ep=4, edp=2)
+    layout = Folding(engine="transformers", tp=1, dp=8, ep=4, edp=2)
     step = Step(sizes=STEP.sizes, layout=layout, workload=workload(32))
     found = sent(step)
     experts = 56 * 8 * 3 * HIDDEN * 16384 / 4 / 2
@@ -90,7 +90,7 @@ def test_transformers_gathers_weights_for_every_pass():
 
 
 def test_hsdp_sums_the_gradients_of_shards_over_replicas():
-    layout = Layout(engine="transformers", tp=1, dp=16, ep=4, edp=4, replicate=2)
+    layout = Folding(engine="transformers", tp=1, dp=16, ep=4, edp=4, replicate=2)
     step = Step(sizes=STEP.sizes, layout=layout, workload=workload(16))
     found = sent(step)
     shard = 56 * 8 * 3 * HIDDEN * 16384 / 4 / 2
@@ -100,7 +100,7 @@ def test_hsdp_sums_the_gradients_of_shards_over_replicas():
 
 def test_transformers_reduces_activations_without_sequence_parallelism():
     """One all-reduce of all tokens forward and one backward, and a gather of the experts' tokens either way."""
-    layout = Layout(engine="transformers", tp=2, dp=4, ep=4, edp=2)
+    layout = Folding(engine="transformers", tp=2, dp=4, ep=4, edp=2)
     step = Step(sizes=STEP.sizes, layout=layout, workload=workload(4))
     found, once = sent(step), 56 * 2048 * HIDDEN * BYTES
     assert found["reduce-scatter", "activations within TP"] == 2 * once

@@ -9,7 +9,7 @@ import torch
 from published import MODELS, RUNS, workload
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from upcycle.parallel.layout import Layout
+from upcycle.parallel.folding import Folding
 from upcycle.parallel.memory import layer_activations, memory
 from upcycle.parallel.sizes import ModelSizes
 from upcycle.parallel.step import Step
@@ -56,14 +56,14 @@ def test_activations_follow_the_formula_of_the_literature():
 )
 def test_layers_in_flight(stages, count, in_flight):
     """Of the first stage: L*(1 + (p-1)/(p*v)) interleaved, L without (2104.04473)."""
-    layout = Layout(engine="megatron", tp=1, dp=1, pp=stages, ep=1, edp=1)
+    layout = Folding(engine="megatron", tp=1, dp=1, pp=stages, ep=1, edp=1)
     step = Step(sizes=replace(E8T2, vocab=1), layout=layout, workload=workload(count, length=1024))
     per_layer = 1024 * layer_activations(E8T2, layout, moe=True)
     assert memory(step).activations == pytest.approx(in_flight * per_layer, rel=1e-3)
 
 
 def test_the_last_stage_needs_most_where_logits_do():
-    layout = Layout(engine="megatron", tp=1, dp=1, pp=2, ep=1, edp=1)
+    layout = Folding(engine="megatron", tp=1, dp=1, pp=2, ep=1, edp=1)
     step = Step(sizes=E8T2, layout=layout, workload=workload(3))
     wide = replace(step, sizes=replace(E8T2, vocab=8 * E8T2.vocab))
     kept = 4096 * 16 * layer_activations(E8T2, layout, moe=True)
@@ -72,14 +72,14 @@ def test_the_last_stage_needs_most_where_logits_do():
 
 
 def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer():
-    layout = Layout(engine="transformers", tp=1, dp=8, ep=8, edp=1)
+    layout = Folding(engine="transformers", tp=1, dp=8, ep=8, edp=1)
     step = Step(sizes=replace(E8T2, vocab=1), layout=layout, workload=workload(8, recompute=True))
     expected = 4096 * (32 * 2 * 4096 + layer_activations(E8T2, layout, moe=True))
     assert memory(step).activations == pytest.approx(expected, rel=1e-3)
 
 
 def test_fsdp_shards_all_states_and_gathers_layers():
-    layout = Layout(engine="transformers", tp=1, dp=8, ep=8, edp=1)
+    layout = Folding(engine="transformers", tp=1, dp=8, ep=8, edp=1)
     found = memory(Step(sizes=E8T2, layout=layout, workload=workload(8)))
     assert found.weights + found.gradients + found.optimizer == pytest.approx(16 * E8T2.parameters() / 8, rel=1e-3)
     layer = (E8T2.parameters() - 2 * 128256 * 4096) / 32
@@ -140,6 +140,6 @@ def test_activations_of_transformers_are_what_autograd_keeps(top_k, experts, wid
         expert_width=width,
         vocab=64,
     )
-    layout = Layout(engine="transformers", tp=1, dp=1, ep=1, edp=1)
+    layout = Folding(engine="transformers", tp=1, dp=1, ep=1, edp=1)
     assert layer_activations(sizes, layout, moe=True) == pytest.approx(measured, rel=0.02)
     assert layer_activations(sizes, replace(layout, engine="megatron"), moe=True) < 0.8 * measured

@@ -11,10 +11,10 @@ from published import MODELS, RUNS, gpu, workload
 
 from upcycle.parallel import compute as compute_module
 from upcycle.parallel import roofline as roofline_module
-from upcycle.parallel.communication import Traffic
+from upcycle.parallel.communication import Traffic, communication
 from upcycle.parallel.compute import compute, gemm
+from upcycle.parallel.folding import Folding
 from upcycle.parallel.gpu import Group
-from upcycle.parallel.layout import Layout
 from upcycle.parallel.roofline import LINK_EFFICIENCY, estimate, seconds
 from upcycle.parallel.step import Step
 
@@ -116,7 +116,7 @@ def mfu(model: str, gpus: int, **degrees: int) -> float:
     layout = {"tp": 1, "cp": 1, "pp": 1, "etp": 1, "ep": 1} | degrees
     dp = gpus // (layout["tp"] * layout["cp"] * layout["pp"])
     edp = gpus // (layout["etp"] * layout["ep"] * layout["pp"])
-    made = Layout(engine="megatron", dp=dp, edp=edp, **layout)
+    made = Folding(engine="megatron", dp=dp, edp=edp, **layout)
     return estimate(Step(sizes=MODELS[model], layout=made, workload=workload()), H100).mfu
 
 
@@ -132,7 +132,7 @@ def test_experts_across_nodes_are_slow_and_worst_when_fine_grained():
     """2504.14960, section 4.4: communication is over 70 % of the MoE layer with ETP x EP > 8 and fine grains."""
     share = {}
     for model in ("Mixtral 8x22B", "Mixtral 8x22B-G8T8"):
-        layout = Layout(engine="megatron", tp=4, dp=4, pp=8, etp=2, ep=8, edp=1)
+        layout = Folding(engine="megatron", tp=4, dp=4, pp=8, etp=2, ep=8, edp=1)
         found = estimate(Step(sizes=MODELS[model], layout=layout, workload=workload()), H100)
         sent = found.exposed["all-to-all"]
         share[model] = sent / (sent + found.compute.experts)
@@ -152,9 +152,18 @@ def test_communication_hides_behind_compute():
     assert found["pipeline"] == 0
     alone = replace(STEP, workload=workload(8 * 36))
     assert estimate(alone, H100).exposed["pipeline"] > 0
-    layout = Layout(engine="transformers", tp=1, dp=8, ep=8, edp=1)
+    layout = Folding(engine="transformers", tp=1, dp=8, ep=8, edp=1)
     small = Step(sizes=MODELS["Llama 3 8B E8T2"], layout=layout, workload=workload(8))
     assert estimate(small, H100).exposed["reduce-scatter"] == 0
+
+
+def test_no_compute_hides_two_things():
+    """Over links that are slow enough, a micro-batch's compute and the step's hide what they last together: once."""
+    slow = replace(H100, network=1e8)
+    found, sent = estimate(STEP, slow), communication(STEP)
+    assert {traffic.behind for traffic in sent} == {"nothing", "micro_batch", "step"}
+    hidden = sum(seconds(traffic, slow) for traffic in sent) - sum(found.exposed.values())
+    assert hidden == pytest.approx(found.compute.total)
 
 
 def test_slower_links_take_longer():

@@ -13,6 +13,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
@@ -20,6 +22,8 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
+from upcycle.modeling.configuration_upcycled_moe import UpcycledMoeConfig
+from upcycle.modeling.modeling_upcycled_moe import UpcycledMoeForCausalLM
 from upcycle.parallel.check import checked_layout
 from upcycle.parallel.config import ParallelConfig
 from upcycle.parallel.memory import memory
@@ -61,13 +65,38 @@ class Model:
 
 def qwen3(experts: int) -> Model:
     fields = {**COMMON, "head_dim": 32, "intermediate_size": 512, "moe_intermediate_size": 96, "num_experts": experts}
-    sizes = ModelSizes(**SIZES, experts=experts, expert_width=96, qk_norm=True)
+    sizes = ModelSizes(**SIZES, experts=experts, expert_width=96, qk_norm="head")
     return Model(Qwen3MoeForCausalLM, Qwen3MoeConfig(**fields), sizes)
 
 
 def mixtral() -> Model:
     config = MixtralConfig(**COMMON, intermediate_size=160, num_local_experts=16)
     return Model(MixtralForCausalLM, config, ModelSizes(**SIZES, experts=16, expert_width=160))
+
+
+def olmoe() -> Model:
+    """With norms over all heads of queries, and of keys."""
+    config = OlmoeConfig(**{**COMMON, "num_key_value_heads": 8}, intermediate_size=96, num_experts=16)
+    sizes = {**SIZES, "kv_heads": 8, "experts": 16, "expert_width": 96, "qk_norm": "full"}
+    return Model(OlmoeForCausalLM, config, ModelSizes(**sizes))
+
+
+def upcycled() -> Model:
+    """Of a Llama, with a dense layer and a shared expert."""
+    sizes = {name: size for name, size in COMMON.items() if name != "num_experts_per_tok"}
+    config = UpcycledMoeConfig(
+        text_config={"model_type": "llama", **sizes, "intermediate_size": 512},
+        num_experts=16,
+        num_experts_per_tok=4,
+        moe_intermediate_size=96,
+        moe_layers=[1],
+        ffn_path="model.layers.{layer}.mlp",
+        gated=True,
+        hidden_act="silu",
+        shared_expert_intermediate_size=192,
+    )
+    planned = {**SIZES, "moe_layers": 1, "experts": 16, "expert_width": 96, "shared_width": 192}
+    return Model(UpcycledMoeForCausalLM, config, ModelSizes(**planned))
 
 
 def qwen2() -> Model:
@@ -113,6 +142,8 @@ LAYOUTS = {
     "fsdp4 tp2 ep8": (mixtral(), (1, 4, 2, 8)),
     "hsdp 2 x fsdp3 tp2 ep2": (qwen3(12), (2, 3, 2, 2)),
     "fsdp8 tp4 ep16, dense layer and shared expert": (qwen2(), (1, 8, 4, 16)),
+    "fsdp4 tp2 ep8, norms over all heads": (olmoe(), (1, 4, 2, 8)),
+    "hsdp 2 x fsdp4 tp2 ep4, upcycled_moe": (upcycled(), (2, 4, 2, 4)),
     "1,024 ranks: hsdp 8 x fsdp64 tp2 ep8": (qwen3(128), (8, 64, 2, 8)),
 }
 

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+
+from upcycle.arguments import CONF
+from upcycle.sweep.expand import expand
+from upcycle.sweep.plan import COMMAND, arm_config, sweep_options
+
+if TYPE_CHECKING:
+    from upcycle.train.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent.parent
 HEADER = {"question": "Which?", "hypothesis": "None.", "metric": "val/loss", "published": "nothing"}
@@ -34,6 +42,15 @@ def own(directory: Path, **content: Any) -> list[str]:
     plain = {"model": "upcycle", "moe": {"expansion": 2, "granularity": 2, "top_k": 2}, **content, "sweep": sweep}
     file.write_text("# @package _global_\n" + OmegaConf.to_yaml(OmegaConf.create(plain)))
     return ["--config-dir", str(directory)]
+
+
+def configs(name: str, *given: str) -> dict[str, TrainConfig]:
+    """Options of every arm of a shipped sweep, composed without a look at its source."""
+    overrides = [f"+sweeps={name}", *given]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose(COMMAND, overrides=overrides)
+        arms = expand(sweep_options(composed))
+        return {arm.name: arm_config(arm, overrides, seed=composed.seed) for arm in arms}
 
 
 def runs(output: Path, name: str) -> dict[str, Path]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
+
+from upcycle.errors import RecordError
 from upcycle.sweep.config import SweepConfig
-from upcycle.sweep.index import read_indexes, write_index
+from upcycle.sweep.index import read_index, read_indexes, write_index
 from upcycle.sweep.plan import Job, SweepPlan
 
 if TYPE_CHECKING:
@@ -39,5 +42,20 @@ def test_only_indexes_are_read(tmp_path: Path) -> None:
     write_index(plan(tmp_path, "budget", 0), tmp_path)
     (tmp_path / "other.json").write_text('{"runs": 3}')
     (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "cut_off.json").write_text('{"sweep": "egt", "ru')
+    (tmp_path / "no_text.json").write_bytes(b"\xff")
+    (tmp_path / "directory.json").mkdir()
     assert sorted(read_indexes(tmp_path)) == ["budget", "egt"]
     assert read_indexes(tmp_path / "nowhere") == {}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"runs": {}}'])
+def test_a_damaged_index_that_is_asked_for(tmp_path: Path, content: str) -> None:
+    """And nothing is written over it."""
+    (tmp_path / "egt.json").write_text(content)
+    with pytest.raises(RecordError, match="the index of the sweep is damaged"):
+        read_index(tmp_path, "egt")
+    with pytest.raises(RecordError, match="the index of the sweep is damaged"):
+        write_index(plan(tmp_path, "egt", 0), tmp_path)
+    assert (tmp_path / "egt.json").read_text() == content
+    assert read_index(tmp_path, "budget") is None

@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 import questions
-from cli import command
+from cli import command, process
+from pydantic import TypeAdapter
+
+from upcycle.sweep.check import estimate
+from upcycle.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,8 +43,10 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_a_shipped_sweep_runs_and_is_not_run_again(upcycle: Callable[..., Outcome], text: Path, tmp_path: Path) -> None:
-    given = ("train", "-m", *questions.shipped("layers", text), f"output={tmp_path / 'runs'}")
+def test_a_shipped_sweep_runs_and_is_not_run_again(
+    upcycle: Callable[..., Outcome], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("train", "-m", *questions.shipped("layers", text), f"output={tmp_path / 'runs'}", "wandb.tags=[mine]")
     first = upcycle(*given)
     assert first.status == 0, first.out + first.err
     runs = questions.runs(tmp_path / "runs", "layers")
@@ -49,12 +55,18 @@ def test_a_shipped_sweep_runs_and_is_not_run_again(upcycle: Callable[..., Outcom
         record = json.loads((run / "run.json").read_text())
         assert record["status"] == "finished"
         assert record["config"]["wandb"]["group"] == "layers"
+        assert record["config"]["wandb"]["tags"] == ["mine", "sweep:layers", f"arm:{arm}"]
         assert record["config"]["moe"]["layers"] == {"baseline": "all", "layers=[0]": [0]}.get(arm, "every_2")
         assert f"{record['summary']['val/loss']:.4f}" in first.out
         flops = f"{record['summary']['train/flops']:.3g}"
         # What the plan said before: steps of every arm, in its row.
         assert re.search(rf" {record['steps']} +[\d.e-]+ +{re.escape(flops)}", first.err)
+        last, best = ((run / f"checkpoints/{name}.ckpt").stat().st_size for name in ("last", "best"))
+        planned = estimate(TypeAdapter(TrainConfig).validate_python(record["config"]), execute=False)
+        assert last == pytest.approx(planned.disk / 2, rel=0.05)
+        assert best < 1.01 * last  # the one of step 0 has no moments yet
     before = {run: (run / "run.json").stat().st_mtime_ns for run in runs.values()}
+    monkeypatch.setattr("upcycle.sweep.command.free_bytes", lambda _output: 1000)  # they filled the disk
     again = upcycle(*given)
     assert again.status == 0
     assert again.out == first.out
@@ -143,6 +155,34 @@ def test_a_failure_costs_only_itself(
     assert log.count("lower schedule.peak") == 1 + retries
 
 
+FAIL_ONCE = """
+import os, pathlib, sys
+if "upcycle.sweep.worker" in sys.orig_argv:
+    try:
+        pathlib.Path(os.environ["FAILED"]).touch(exist_ok=False)
+    except FileExistsError:
+        pass
+    else:
+        os.write(2, b"failed once\\n")
+        os._exit(1)
+"""
+
+
+@pytest.mark.slow
+def test_joblib_tries_again(text: Path, tmp_path: Path) -> None:
+    """The first process that trains anything fails, whichever arm's it is."""
+    (tmp_path / "sitecustomize.py").write_text(FAIL_ONCE)
+    mine = questions.own(tmp_path, sweep={"arms": {"one": [], "other": ["moe.top_k=4"]}})
+    given = [*mine, *questions.shipped("mine", text), f"output={tmp_path / 'runs'}", "sweep.retries=1", *JOBLIB]
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ended = process("train", "-m", *given, cwd=tmp_path, PYTHONPATH=path, FAILED=str(tmp_path / "failed"))
+    assert ended.status == 0, ended.out + ended.err
+    runs = questions.runs(tmp_path / "runs", "mine")
+    assert {arm: questions.status(run) for arm, run in runs.items()} == {"one": "finished", "other": "finished"}
+    logs = [run.with_name(run.name + ".log").read_text() for run in runs.values()]
+    assert sorted(log.count("failed once") for log in logs) == [0, 1]
+
+
 BEGIN_AND_DIE = """
 import json, os, pathlib, signal, sys
 pathlib.Path(json.loads(sys.stdin.readline())["output"]).mkdir()
@@ -164,3 +204,21 @@ def test_a_killed_run_is_tried_again(
     assert run.with_name(run.name + ".log").read_text() == 3 * "killed by SIGKILL\n"
     assert "only, seed 0 (not started)" in ended.out
     assert "  killed by SIGKILL" in ended.out
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_launcher_that_breaks_says_where_it_is_asked(
+    full: bool, upcycle: Callable[..., Outcome], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def launch(self, *_: Any, **__: Any) -> None:
+            raise KeyError("a bug")
+
+    monkeypatch.setattr("hydra.core.plugins.Plugins.instantiate_launcher", lambda *_, **__: Broken())
+    monkeypatch.setenv("HYDRA_FULL_ERROR", str(int(full)))
+    mine = questions.own(tmp_path, sweep={"arms": {"only": []}})
+    ended = upcycle("train", "-m", *mine, *questions.shipped("mine", text), f"output={tmp_path / 'runs'}")
+    assert ended.status == 1
+    assert "the launcher ended early: KeyError: 'a bug'" in ended.err
+    assert "1 of 1 runs did not finish" in ended.out
+    assert ("in launch" in ended.err) == full

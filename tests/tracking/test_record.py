@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import training
+from cli import contents
 
-from upcycle.errors import SourceError
+from upcycle.errors import RecordError, SourceError
 from upcycle.tracking.record import Record, read_run
 from upcycle.tracking.schema import METRICS, metric
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from upcycle.train.config import TrainConfig
 
 
 def steps(directory: Path) -> list[int]:
@@ -67,6 +72,49 @@ def test_no_run(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(SourceError, match="there is no run"):
             read_run(place)
+
+
+def written(directory: Path, run: str) -> TrainConfig:
+    """Leaves a directory with a run.json and weights; options of a run that would go there."""
+    (directory / "weights").mkdir(parents=True)
+    (directory / "weights" / "best.ckpt").write_text("of months")
+    (directory / "run.json").write_text(run)
+    return training.options(directory, directory, "model=dense", "source=dense")
+
+
+@pytest.mark.parametrize("given", [{"overwrite": True}, {"resume": "auto"}, {"overwrite": True, "resume": "auto"}])
+@pytest.mark.parametrize(
+    ("run", "says"),
+    [
+        ('{"lr": 1}', "not a training run of upcycle"),
+        ('{"config": {"lr": 1}}', "not a training run of upcycle"),
+        ("[1]", r"run\.json is damaged"),
+        ("{", r"run\.json is damaged"),
+    ],
+)
+def test_what_another_project_wrote_is_left_alone(tmp_path: Path, given: dict[str, Any], run: str, says: str) -> None:
+    config = replace(written(tmp_path / "run", run), **given)
+    before = contents(tmp_path)
+    with pytest.raises((RecordError, SourceError), match=says):
+        Record.open(tmp_path / "run", config).create()
+    assert contents(tmp_path) == before
+
+
+def test_a_run_of_another_schema_is_replaced_but_not_gone_on_with(tmp_path: Path) -> None:
+    run = {"schema": 0, "config": {}, "order_hash": "", "data_hash": "", "flops_per_step": 1}
+    config = written(tmp_path / "run", json.dumps(run))
+    with pytest.raises(RecordError, match="another version of the schema") as error:
+        Record.open(tmp_path / "run", replace(config, resume="auto"))
+    assert f"{tmp_path / 'run'}: schema 0" in str(error.value)
+    Record.open(tmp_path / "run", replace(config, overwrite=True)).create()
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", '"finished"', "{", ""])
+def test_a_damaged_run_json(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(SourceError, match=r"run\.json is damaged"):
+        read_run(tmp_path)
 
 
 def test_metric_names_are_unique_and_have_units() -> None:

@@ -13,6 +13,7 @@ import wandb_records as made
 
 from upcycle.tracking import wandb_mirror, wandb_training
 from upcycle.tracking.record import Record, read_run
+from upcycle.tracking.tags import sweep_tags
 from upcycle.tracking.wandb_training import TrainingMirror
 
 if TYPE_CHECKING:
@@ -130,6 +131,32 @@ def test_offline_after_online_waits_for_sync(server: Server, tmp_path: Path, cap
     assert read_run(tmp_path / "run")["wandb"]["rows"] == 0
 
 
+def test_a_run_of_a_sweep_is_named_by_its_arm_and_seed(client: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its tags are cut to what W&B takes; the record has them whole."""
+    arm = "layers=[0,1,2,3] schedule.peak=0.001 with a name that is longer than any tag may be"
+    tags = ["mine", *sweep_tags("layers", arm)]
+    record = made.begin(Record(tmp_path / "0f3a"), tags=tags)
+    with TrainingMirror(record, made.options("offline")):
+        record.describe(status="finished")
+    records = made.inspect(next(tmp_path.glob("0f3a/wandb/offline-run-*/*.wandb")))
+    (run,) = [each["run"] for each in records if each["type"] == "run"]
+    assert run["display_name"] == f"{arm}, seed 0"
+    assert run["tags"] == ["mine", "sweep:layers", f"arm:{arm}"[:64]]
+    assert read_run(tmp_path / "0f3a")["config"]["wandb"]["tags"] == tags
+
+
+def test_the_manifest_arrives_without_its_tensors(client: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A large model has thousands of them; where it came from is what counts."""
+    record = made.begin(Record(tmp_path / "run"))
+    record.describe(manifest={"source": {"sha256": {"model.safetensors": "a"}}, "tensors": {"lm_head.weight": []}})
+    with TrainingMirror(record, made.options("offline")):
+        record.describe(status="finished")
+    records = made.inspect(next(tmp_path.glob("run/wandb/offline-run-*/*.wandb")))
+    (run,) = [each["run"] for each in records if each["type"] == "run"]
+    assert run["config"]["update"]["manifest"] == {"source": {"sha256": {"model.safetensors": "a"}}}
+    assert read_run(tmp_path / "run")["manifest"]["tensors"]
+
+
 def train_with_artifacts(directory: Path, mode: str) -> None:
     source = directory / "moe"
     source.mkdir()
@@ -162,6 +189,30 @@ def test_artifacts_online(server: Server, tmp_path: Path) -> None:
         ((name, described),) = each.manifest["contents"].items()
         digest = base64.b64encode(hashlib.md5(each.files[name], usedforsecurity=False).digest()).decode()
         assert (described["size"], described["digest"]) == (len(each.files[name]), digest)
+
+
+def test_shards_of_a_checkpoint_arrive(server: Server, tmp_path: Path) -> None:
+    """The checkpoint of several ranks: a name for a directory of shards, which are not sent twice."""
+    record = made.begin(Record(tmp_path / "run"), artifacts=True)
+    shards = tmp_path / "run" / "checkpoints" / "last.ckpt.8"
+    shards.mkdir()
+    for name in ("__0_0.distcp", "rest.ckpt"):
+        (shards / name).write_bytes(name.encode())
+    shards.with_name("last.ckpt").symlink_to(shards.name)
+    with TrainingMirror(record, made.options("online", artifacts=True)):
+        record.describe(status="finished")
+    (sent,) = server.artifacts.values()
+    assert sent.committed
+    assert sorted(sent.manifest["contents"]) == ["last.ckpt/__0_0.distcp", "last.ckpt/rest.ckpt"]
+    assert sorted(sent.files.values()) == [b"__0_0.distcp", b"rest.ckpt"]
+
+
+def test_a_run_without_a_source_has_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Least of all that of another model, in the working directory."""
+    (tmp_path / "equivalence.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    record = made.begin(Record(tmp_path / "run"), artifacts=True)
+    assert wandb_mirror.artifacts(record.directory, read_run(record.directory)) == {}
 
 
 def test_a_list_that_is_too_long_for_a_histogram_stays_one() -> None:

@@ -128,12 +128,16 @@ def test_a_row_that_was_cut_off_is_not_sent(server: Server, finished: Path) -> N
 
 
 def test_others_are_sent_when_one_is_damaged(server: Server, finished: Path, tmp_path: Path) -> None:
-    for name, content in {"alien": '{"lr": 1}', "damaged": "{"}.items():
+    later = json.dumps(read_run(finished) | {"schema": 99})
+    for name, content in {"alien": '{"lr": 1}', "damaged": "{", "later": later}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(content)
-    alien, damaged, run = synced(tmp_path)
+    (tmp_path / "later" / "metrics.jsonl").write_text((finished / "metrics.jsonl").read_text())
+    alien, damaged, newer, run = synced(tmp_path)
     assert "not a training run of upcycle" in str(alien.error)
     assert "run.json is damaged" in str(damaged.error)
+    assert "another version of the schema" in str(newer.error)
+    assert len(server.runs) == 1
     assert run.error is None
     assert_sent(server, finished)
 

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import training
-from cli import command
 from lightning.pytorch import Callback
 
 from upcycle.data.order import PositionSampler
 from upcycle.errors import ConfigError, OutputError
 from upcycle.train import fit
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytest_plugins = ("text_model",)
 
@@ -108,28 +108,54 @@ def test_a_wrong_position_in_the_data_is_noticed(
         assert_same(tmp_path / "run", whole)
 
 
-def test_sigkill(text: Path, text_model: Path, whole: Path, tmp_path: Path) -> None:
-    """The command, killed at an arbitrary moment, and again."""
-    output = tmp_path / "run"
-    line = command(
-        "train", *training.overrides(text), *STATEFUL, f"source={text_model}", f"output={output}", "resume=auto"
-    )
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: sums depend on it
-    for _ in range(2):
-        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread)
-        before = len(lines(output))
-        while len(lines(output)) < before + 2 and process.poll() is None:
-            time.sleep(0.02)
+# Trains, says every step that it has done, and does the next one when it is told to.
+IN_STEP = """
+import sys
+from pathlib import Path
+import training
+from lightning.pytorch import Callback
+
+class InStep(Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            print(trainer.global_step, flush=True)
+            sys.stdin.readline()
+
+text, output, *changes = sys.argv[1:]
+training.run(training.options(Path(text), Path(output), *changes), [InStep()])
+"""
+
+
+def kill_after(step: int, text: Path, output: Path, *changes: str) -> int:
+    """Train, and kill with SIGKILL at an arbitrary moment of the step that follows; the last step that was done."""
+    line = [sys.executable, "-c", IN_STEP, str(text), str(output), *changes]
+    paths = [str(Path(training.__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    # One thread, as in this process: sums depend on it.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        while int(process.stdout.readline()) < step:
+            print(file=process.stdin, flush=True)
+        print(file=process.stdin, flush=True)
+        time.sleep(random.uniform(0, 0.1))
         process.kill()
-        process.wait()
-    ended = subprocess.run(line, capture_output=True, text=True, check=False, env=one_thread)
-    assert ended.returncode == 0, ended.stderr
+        reached = max([step, *map(int, process.stdout)])
+    assert process.returncode == -signal.SIGKILL
+    return reached
+
+
+def test_sigkill(text: Path, text_model: Path, whole: Path, tmp_path: Path) -> None:
+    """Killed at an arbitrary moment, and again: what was logged is on the disk, and the run goes on with it."""
+    output = tmp_path / "run"
+    given = [*STATEFUL, f"source='{text_model}'", "resume=auto"]
+    for step in (5, 7):
+        reached = kill_after(step, text, output, *given)
+        assert json.loads((output / "run.json").read_text())["status"] == "running"
+        last = training.rows(output)[-1]["step"]
+        assert abs(reached - last) <= 1  # of log_every=2: at most the last step was not to be logged
+    training.run(training.options(text, output, *given))
     assert_same(output, whole)
-
-
-def lines(output: Path) -> list[str]:
-    file = output / "metrics.jsonl"
-    return file.read_text().splitlines() if file.exists() else []
 
 
 def test_a_finished_run_has_nothing_left(text: Path, text_model: Path, whole: Path) -> None:

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from upcycle.analysis.outcomes import SEED, check_arm, check_comparable, equal_budgets, label, measured, outcomes, pairs
+from upcycle.analysis.outcomes import (
+    SEED,
+    check_arm,
+    check_comparable,
+    check_finished,
+    equal_budgets,
+    label,
+    measured,
+    outcomes,
+    pairs,
+)
 from upcycle.analysis.statistics import fieller, holm, t_estimate
 from upcycle.errors import RecordError
 
@@ -46,15 +56,16 @@ def compare(
         smallest_percent: the smallest effect of interest, in percent of the baseline.
         confidence: of intervals and verdicts.
         allow: what arms may not share: data, order, source, budget. A budget is shared with the same tokens or the
-            same FLOPs, closer than half an optimizer step of each.
+            same FLOPs, closer than half an optimizer step of each. With status, runs count that have not finished.
 
     Returns:
         One row per arm, by name.
 
     Raises:
         RecordError: a column, the metric, the baseline or a shared seed is missing; two runs have the same arm and
-            seed; arms do not share what `allow` does not name.
+            seed; a run has not finished, or arms do not share what `allow` does not name.
     """
+    check_finished(runs, allow)
     ends, reference = outcomes(measured(runs, metric, arms), metric), label(baseline)
     check_arm(ends, reference)
     others = sorted(set(ends["arm"]) - {reference})
@@ -135,6 +146,7 @@ def gap_closure(
     Raises:
         RecordError: as for `compare`.
     """
+    check_finished(runs, allow)
     ends = outcomes(measured(runs, metric, arms), metric)
     start, end = label(baseline), label(reference)
     for arm in (start, end):

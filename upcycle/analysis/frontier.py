@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from upcycle.analysis.outcomes import FLOPS, check_arm, check_comparable, label, measured, outcomes, pairs
+from upcycle.analysis.outcomes import (
+    FLOPS,
+    check_arm,
+    check_comparable,
+    check_finished,
+    check_shared,
+    label,
+    measured,
+    outcomes,
+    pairs,
+)
 from upcycle.analysis.statistics import t_estimate
 
 if TYPE_CHECKING:
@@ -24,6 +34,10 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 WITH_SUNK = "flops_with_sunk"
+SAVING_COLUMNS = [
+    *("arm", "pairs", "reached", "percent", "low", "high"),
+    *("percent_with_sunk", "low_with_sunk", "high_with_sunk"),
+]
 
 
 def frontier(
@@ -33,6 +47,7 @@ def frontier(
     sunk_flops: float = 0.0,
     metric: str = "val/loss",
     confidence: float = 0.95,
+    allow: Collection[str] = (),
 ) -> pd.DataFrame:
     """Mean loss over seeds at every FLOPs at which it was measured, and which points nothing cheaper beats.
 
@@ -42,14 +57,19 @@ def frontier(
         sunk_flops: training FLOPs of the dense model, charged to arms that started from it.
         metric: a metric of which less is better.
         confidence: of the t interval over seeds.
+        allow: what runs may not share: data, order (of one seed), source (of those that have one). With status, runs
+            count that have not finished.
 
     Returns:
         One row per arm and FLOPs: `arm`, `flops`, `flops_with_sunk`, `seeds`, `loss`, `low`, `high`, and whether the
         point is in the Pareto set of all arms' mean losses: `pareto`, `pareto_with_sunk`.
 
     Raises:
-        RecordError: a column or the metric is missing.
+        RecordError: a column or the metric is missing; a run has not finished, or runs do not share what `allow` does
+            not name.
     """
+    check_finished(runs, allow)
+    check_shared(runs, allow)
     rows = _charged(measured(runs, metric, arms), sunk_flops)
     points = []
     for (arm, flops), group in rows.groupby(["arm", FLOPS]):
@@ -111,6 +131,7 @@ def iso_loss_saving(
     Raises:
         RecordError: as for `compare`.
     """
+    check_finished(runs, allow)
     rows = _charged(measured(runs, metric, arms), sunk_flops)
     ends, reference = outcomes(rows, metric), label(baseline)
     check_arm(ends, reference)
@@ -125,7 +146,7 @@ def iso_loss_saving(
             saved = t_estimate(values_B, confidence=confidence)
             entry |= {f"percent{suffix}": saved.mean, f"low{suffix}": saved.low, f"high{suffix}": saved.high}
         table.append(entry)
-    return pd.DataFrame(table)
+    return pd.DataFrame(table, columns=SAVING_COLUMNS)
 
 
 def _charged(rows: pd.DataFrame, sunk_flops: float) -> pd.DataFrame:

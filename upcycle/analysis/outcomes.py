@@ -10,6 +10,7 @@ import pandas as pd
 
 from upcycle.errors import RecordError, near_misses
 from upcycle.tracking import schema
+from upcycle.tracking.status import FINISHED
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -17,7 +18,49 @@ if TYPE_CHECKING:
 SEED, TOKENS, FLOPS = "seed", "train/tokens", "train/flops"
 # What arms must share -> the columns that say so; the budget is apart, because it may be shared in either unit.
 SHARED = {"data": "data_hash", "order": "order_hash", "source": "source_hash"}
-ALLOWED = (*SHARED, "budget")
+ALLOWED = (*SHARED, "budget", "status")
+
+
+def check_allowed(allow: Collection[str]) -> None:
+    """Raise RecordError for a name that means nothing."""
+    for name in allow:
+        if name not in ALLOWED:
+            raise RecordError("allow names something unknown", found=name, remedy=near_misses(name, ALLOWED))
+
+
+def check_finished(runs: pd.DataFrame, allow: Collection[str]) -> None:
+    """Raise RecordError for runs that have not finished, unless `allow` names the status."""
+    check_allowed(allow)
+    status = runs.drop_duplicates("run").set_index("run")["status"].astype(object)
+    others = status[status != FINISHED]
+    if len(others) and "status" not in allow:
+        raise RecordError(
+            "runs have not finished",
+            found=", ".join(f"{run} ({label(word)})" for run, word in others.items()),
+            expected="finished runs, whose last loss is that of their budget",
+            remedy=f"leave them out: runs[runs['status'] == '{FINISHED}'], or say that it is meant: allow=['status']",
+        )
+
+
+def check_shared(runs: pd.DataFrame, allow: Collection[str]) -> None:
+    """Raise RecordError unless all runs have the same data and source, and those of one seed the same order.
+
+    A run without a source, which started from random weights, is none with another source.
+    """
+    ends = runs.drop_duplicates("run")
+    different = {
+        "data": ends[SHARED["data"]].nunique(),
+        "order": ends.groupby(SEED)[SHARED["order"]].nunique().max(),
+        "source": ends[SHARED["source"]].nunique(),
+    }
+    refused = [what for what, number in different.items() if number > 1 and what not in allow]
+    if refused:
+        raise RecordError(
+            f"the runs do not share their {' and '.join(refused)}",
+            found=", ".join(f"{different[what]} of {SHARED[what]}" for what in refused),
+            expected="the same data and dense model, and for runs of one seed the same order",
+            remedy=f"leave runs out, or say that it is meant: allow={refused}",
+        )
 
 
 def check_columns(runs: pd.DataFrame, *names: str) -> None:
@@ -119,11 +162,8 @@ def check_comparable(paired: pd.DataFrame, arm: str, baseline: str, allow: Colle
     """What an arm and the baseline do not share, of data, order, source and budget.
 
     Raises:
-        RecordError: they do not share something that `allow` does not name, or `allow` names something else.
+        RecordError: they do not share something that `allow` does not name.
     """
-    for name in allow:
-        if name not in ALLOWED:
-            raise RecordError("allow names something unknown", found=name, remedy=near_misses(name, ALLOWED))
     differing = {}
     for what, column in SHARED.items():
         ours, theirs = (paired[f"{column}_{side}"].astype(object).map(label) for side in ("arm", "baseline"))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from upcycle.analysis.questions import Sweep
 
+NOT_RUN = "**Not run at this scale.**"
 _VERDICTS = {"lower": "lower", "higher": "higher", "same": "within ±1 %", "underpowered": "too few pairs to tell"}
 _OUTCOMES = ("agrees", "disagrees", "undecided", "not measured")
 
@@ -104,7 +105,7 @@ def interval(low: float, high: float) -> str:
 def _method(sweep: Sweep) -> str:
     if not sweep.records:
         command = f"`upcycle train -m +sweeps={sweep.name} scale=laptop output=DIR`"
-        return f"**Method.** No run has finished; {command} makes the records."
+        return f"{NOT_RUN} No run has finished; {command} makes the records."
     return "**Method.** Arms are paired by seed, which decides routers and the order of the text.\n\n" + table(
         ["", ""], _settings(sweep).items()
     )
@@ -117,7 +118,7 @@ def _settings(sweep: Sweep) -> dict[str, str]:
     hardware = [_machine(record["hardware"]) for record in sweep.records.values() if "hardware" in record]
     versions = [" ".join(each) for record in sweep.records.values() for each in record.get("versions", {}).items()]
     runs = sweep.runs.groupby("run", sort=False, observed=True)
-    commits = [(record.get("git_commit") or "unknown")[:10] for record in sweep.records.values()]
+    commits = [_commit(record) for record in sweep.records.values()]
     hours = float((runs["train/step_seconds"].mean() * runs["step"].max()).sum()) / 3600
     return {
         "runs": f"{len(ends)} of {ends['arm'].nunique()} arms; seeds {_each(ends[SEED])}",
@@ -130,6 +131,11 @@ def _settings(sweep: Sweep) -> dict[str, str]:
         "hardware": f"{_each(hardware)}; {hours:.2g} h of training in all",
         "versions": f"{_each(versions)}; commit {_each(commits)}",
     }
+
+
+def _commit(record: Mapping[str, Any]) -> str:
+    changed = " with changes" if record.get("git_dirty") else ""
+    return (record.get("git_commit") or "unknown")[:10] + changed
 
 
 def _machine(hardware: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from upcycle.analysis.compare import COLUMNS, compare
-from upcycle.analysis.frontier import iso_loss_saving
+from upcycle.analysis.frontier import SAVING_COLUMNS, iso_loss_saving
 from upcycle.analysis.outcomes import SEED
 from upcycle.analysis.runs import FACTS, load_runs
 from upcycle.arguments import CONF
@@ -23,11 +23,11 @@ from upcycle.errors import RecordError, near_misses
 from upcycle.sweep.index import read_index
 from upcycle.tracking.record import RUN, read_run
 from upcycle.tracking.schema import METRICS
+from upcycle.tracking.status import FINISHED, NOT_STARTED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-NOT_STARTED = "not started"
 Expected = Literal["lower", "higher", "same", "not lower"]
 _SHIPPED = CONF / "sweeps"
 _TEXTS = ("question", "hypothesis", "metric", "published")
@@ -117,7 +117,7 @@ class Sweep:
         """`upcycle.analysis.iso_loss_saving` of the same arms."""
         runs = self._paired(baseline)
         if runs.empty:
-            return pd.DataFrame()
+            return pd.DataFrame(columns=SAVING_COLUMNS)
         saved = iso_loss_saving(
             runs, arms="arm", baseline=baseline, sunk_flops=sunk_flops, metric=self.metric, allow=allow
         )
@@ -142,15 +142,16 @@ def load_sweep(directory: str | Path, name: str) -> Sweep:
 
     Raises:
         RecordError: there is no such directory; the sweep was not started there and is not one that is shipped; or
-            the records cannot be read.
+            the records or the index cannot be read.
+        SourceError: a run.json is damaged.
     """
     place = Path(directory).expanduser()
     content = _content(place, name)
     index: dict[str, dict[str, Any]] = content.get("runs", {})
     records = {run: read_run(place / run) for run in index if (place / run / RUN).exists()}
-    finished = {run: record for run, record in records.items() if record["status"] == "finished"}
+    finished = {run: record for run, record in records.items() if record.get("status") == FINISHED}
     missing = [
-        {"arm": each["arm"], SEED: each[SEED], "status": records[run]["status"] if run in records else NOT_STARTED}
+        {"arm": each["arm"], SEED: each[SEED], "status": records.get(run, {}).get("status", NOT_STARTED)}
         for run, each in index.items()
         if run not in finished
     ]

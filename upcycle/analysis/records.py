@@ -15,9 +15,8 @@ from upcycle.analysis.run_record import RunRecord
 from upcycle.analysis.wandb_api import SCHEME, read_server
 from upcycle.analysis.wandb_offline import read_offline
 from upcycle.errors import RecordError, near_misses
-from upcycle.tracking.record import METRICS, RUN, check_training_run, read_run
+from upcycle.tracking.record import METRICS, RUN, check_schema, check_training_run, read_run
 from upcycle.tracking.rows import kept_columns
-from upcycle.tracking.schema import SCHEMA_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -60,7 +59,8 @@ def read_records(places: Sequence[str | Path]) -> list[RunRecord]:
     runs: dict[str, RunRecord] = {}
     for read in found.values():
         part = read()
-        _check(part)
+        check_training_run(part.content, part.name)
+        check_schema(part.content, part.name)
         before = runs.get(part.name)
         runs[part.name] = replace(part, parts=before.parts + part.parts) if before else part
     return list(runs.values())
@@ -103,14 +103,3 @@ def _walk(place: Path) -> Iterator[tuple[Path, Reader]]:
             yield Path(directory), reader
             subdirectories.clear()
         subdirectories.sort()
-
-
-def _check(record: RunRecord) -> None:
-    check_training_run(record.content, record.name)
-    if record.content.get("schema") != SCHEMA_VERSION:
-        raise RecordError(
-            "a run was recorded in another version of the schema",
-            found=f"{record.name}: schema {record.content.get('schema', 'without a number')}",
-            expected=f"schema {SCHEMA_VERSION}",
-            remedy="leave it out, or read it with the version of upcycle that wrote it",
-        )

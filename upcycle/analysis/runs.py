@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("upcycle")
 # Facts about a run, besides its options, that stand in its rows.
-FACTS = ("status", "git_commit", "data_hash", "order_hash", "steps", "flops_per_step")
+FACTS = ("status", "git_commit", "git_dirty", "data_hash", "order_hash", "steps", "flops_per_step")
 
 
 def load_runs(*places: str | Path) -> pd.DataFrame:
@@ -39,8 +39,10 @@ def load_runs(*places: str | Path) -> pd.DataFrame:
     - every metric of the schema by its name, in its unit, empty where it was not logged; `train/tokens` and
       `train/flops` stand in every row;
     - every option by its path, such as `moe.top_k` or `seed`: numbers where all runs have numbers, else text;
-    - facts: `status`, `data_hash`, `order_hash`, `source_hash` (of the weights that training started from), `steps`
-      (of the budget), `flops_per_step`, `tokens_per_step`, `git_commit`.
+    - facts: `status`, `data_hash`, `order_hash`, `source_hash`, `steps` (of the budget), `flops_per_step`,
+      `tokens_per_step`, `git_commit`, `git_dirty`. `source_hash` is of the dense model's files, whether it was upcycled
+      in memory or before; of a mixture that was trained before, or that has no manifest, it is of its own files; it is
+      empty where training started from random weights.
 
     Args:
         places: directories of runs, or above them; `wandb:ENTITY/PROJECT`, or `wandb:ENTITY/PROJECT/GROUP`.

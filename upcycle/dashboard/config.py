@@ -16,7 +16,7 @@ class ReportConfig:
 
     Attributes:
         runs: directory of a sweep, or another one with runs below it.
-        output: the HTML file; replaced if it is there.
+        output: the HTML file, replaced if it is there; null is report.html in `runs`.
         name: of the sweep, where the directory holds several.
         arms: option, or several, whose values name the arms; null takes the arms of the sweep.
         baseline: arm that the others are compared with; a list of values for several options. null is the arm called
@@ -28,7 +28,7 @@ class ReportConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = STRICT
 
     runs: str
-    output: str
+    output: str | None
     name: str | None
     arms: str | list[str] | None
     baseline: Value | list[Value] | None

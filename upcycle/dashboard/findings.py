@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from upcycle.analysis.compare import compare
-from upcycle.analysis.outcomes import ALLOWED, check_columns, label
+from upcycle.analysis.outcomes import check_allowed, check_columns, label
 from upcycle.errors import RecordError, near_misses
+from upcycle.tracking.status import FINISHED
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 BASELINE = "baseline"
-FINISHED = "finished"
 SMALLEST_PERCENT, CONFIDENCE = 1.0, 0.95
 _SAYS = {
     "lower": "ends lower than",
@@ -76,9 +76,7 @@ def find(
         RecordError: no run has the metric, or `allow` names something else.
     """
     check_columns(rows, metric)
-    for name in allow:
-        if name not in ALLOWED:
-            raise RecordError("allow names something unknown", found=name, remedy=near_misses(name, ALLOWED))
+    check_allowed(allow)
     with_metric = rows[rows[metric].notna()]["run"].unique()
     usable = rows[(rows["status"] == FINISHED) & rows["run"].isin(with_metric)]
     others = [arm for arm in arms if arm != baseline]

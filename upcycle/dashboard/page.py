@@ -16,6 +16,7 @@ from upcycle.dashboard.records import read_place
 from upcycle.dashboard.tables import provenance, run_rows, unit_of
 from upcycle.errors import ConfigError, OutputError
 from upcycle.files import write_text
+from upcycle.tracking.status import FINISHED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from upcycle.dashboard.records import Records
 
 TEMPLATE = "report.html.jinja"
+DEFAULT_NAME = "report.html"
 DEFAULT_METRIC = "val/loss"
 # Bar of buttons: saving a picture, zooming back; no link to plotly's site.
 CHART_OPTIONS = {
@@ -67,10 +69,11 @@ def write_report(config: ReportConfig) -> Path:
     """
     if not find_spec("plotly"):
         raise ConfigError("plotly is not installed", remedy="pip install 'upcycle[dashboard]'")
-    output = Path(config.output).expanduser()
+    runs = Path(config.runs).expanduser()
+    output = Path(config.output).expanduser() if config.output else runs / DEFAULT_NAME
     if output.is_dir():
         raise OutputError("the output is a directory", found=output, expected="a file", remedy="add a file's name")
-    records = read_place(Path(config.runs).expanduser(), name=config.name, arms=config.arms)
+    records = read_place(runs, name=config.name, arms=config.arms)
     write_text(output, _page(records, config))
     return output
 
@@ -101,6 +104,7 @@ def _page(records: Records, config: ReportConfig) -> str:
         differences=_html(differences, "differences") if differences else None,
         sections={title: charts for title, charts in sections.items() if charts},
         runs=run_rows(records, metric),
+        finished=FINISHED,
         provenance=provenance(records),
         confidence=CONFIDENCE,
         smallest=SMALLEST_PERCENT,

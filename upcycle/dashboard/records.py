@@ -12,16 +12,15 @@ from upcycle.analysis.outcomes import measured
 from upcycle.analysis.records import read_records
 from upcycle.analysis.runs import load_runs
 from upcycle.errors import ConfigError, RecordError, near_misses
-from upcycle.sweep.index import read_indexes
+from upcycle.sweep.index import read_index, read_indexes
 from upcycle.sweep.job import ERROR_LINES, last_lines
 from upcycle.tracking.record import METRICS, RUN, read_run
+from upcycle.tracking.status import FAILED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import pandas as pd
-
-FAILED = "failed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +110,15 @@ def read_place(place: Path, *, name: str | None, arms: str | Sequence[str] | Non
 
 def _index(place: Path, name: str | None) -> dict[str, Any] | None:
     """What a sweep wrote about itself; None where there is none and none was asked for."""
+    index = read_index(place, name) if name is not None else None
+    if index:
+        return index
     found = read_indexes(place)
-    if name is None and len(found) > 1:
-        raise RecordError("several sweeps are there", found=", ".join(found), expected="one", remedy="add name=NAME")
-    if name is not None and name not in found:
+    if name is not None:
         raise RecordError("unknown sweep", found=name, remedy=near_misses(name, found) if found else None)
-    return found.get(name) if name else next(iter(found.values()), None)
+    if len(found) > 1:
+        raise RecordError("several sweeps are there", found=", ".join(found), expected="one", remedy="add name=NAME")
+    return next(iter(found.values()), None)
 
 
 def _of_index(place: Path, named: Mapping[str, Any], rows: pd.DataFrame) -> list[RunFacts]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from upcycle.tracking import schema
+from upcycle.tracking.status import NOT_STARTED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,7 +60,7 @@ def run_rows(records: Records, metric: str) -> list[RunRow]:
             RunRow(
                 arm=run.arm,
                 seed=run.seed,
-                status=run.status or "not started",
+                status=run.status or NOT_STARTED,
                 steps=f"{done:,} of {budget:,}" if budget else "–",
                 value=_number(values.get(run.name)),
                 minutes=_number(seconds.get(run.name, math.nan) / 60),

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from upcycle.distributed.layout import Layout
+    from upcycle.parallel.rank_layout import RankLayout
 
 
 @contextmanager
-def laid_out(layout: Layout) -> Iterator[dict[str, Any]]:
+def laid_out(layout: RankLayout) -> Iterator[dict[str, Any]]:
     """Yield what `from_pretrained` is called with, so that every rank loads its shard; nothing for one rank.
 
     Experts exchange tokens with an all-to-all in evaluation too: transformers' other ways hand kernels tokens of

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed
 
-from upcycle.distributed.layout import Layout, resolve
 from upcycle.errors import ConfigError
 from upcycle.parallel.config import FoldingConfig
+from upcycle.parallel.rank_layout import RankLayout, resolve
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins import ClusterEnvironment
@@ -38,7 +38,7 @@ class Ranks:
     """
 
     rank: int = 0
-    layout: Layout = Layout()
+    layout: RankLayout = RankLayout()
     environment: ClusterEnvironment | None = None
 
     @property

@@ -32,7 +32,7 @@ from upcycle.files import DRAFT_SUFFIX, output_errors, replacing, sync_directory
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from upcycle.distributed.layout import Layout
+    from upcycle.parallel.rank_layout import RankLayout
 
 MODEL, OPTIMIZER, REST = "state_dict", "optimizer", "rest.pt"
 # By the parameters' names, so that the state fits another number of ranks, whose groups of parameters are others.
@@ -46,7 +46,7 @@ class ShardedStrategy(ModelParallelStrategy):
         layout: of the ranks.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: RankLayout) -> None:
         super().__init__(data_parallel_size=layout.data, tensor_parallel_size=layout.tp)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

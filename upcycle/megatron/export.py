@@ -18,7 +18,7 @@ from upcycle.errors import ConfigError, SourceError
 from upcycle.manifest import read_manifest
 from upcycle.megatron.layout import choose
 from upcycle.megatron.recipe import Recipe, recipe_files
-from upcycle.megatron.support import check_model, check_training, check_type
+from upcycle.megatron.support import check_model, check_tokenizer, check_training, check_type
 from upcycle.model_config import load_config, read_config
 from upcycle.moe_config import describe_config
 from upcycle.parallel.config import WorkloadConfig
@@ -40,7 +40,7 @@ def export_recipe(config: ExportConfig) -> Path:
 
     Raises:
         ConfigError: neither or both are given, no layout fits, or Megatron cannot express the training.
-        SourceError: there is nothing there, or Megatron-Bridge cannot take the model.
+        SourceError: there is nothing there, it has no tokenizer, or Megatron-Bridge cannot take the model.
         OutputError: the output cannot be written.
     """
     if (config.run is None) == (config.moe is None):
@@ -58,6 +58,7 @@ def _from_run(config: ExportConfig, directory: Path) -> Path:
     run = read_run(directory)
     trained = TypeAdapter(TrainConfig).validate_python(run["config"])
     check_type(read_config(directory / MODEL).get("model_type"))
+    check_tokenizer(directory / MODEL)
     model = exported_config(directory / MODEL, trained, run["manifest"])
     files = _files(config, model, run["manifest"], trained, run["steps"] if config.steps is None else config.steps)
     return export(config, beside=files)
@@ -67,6 +68,7 @@ def _from_checkpoint(config: ExportConfig, directory: Path) -> Path:
     output = expanded(config.output)
     check_apart(directory, output)
     check_type(read_config(directory).get("model_type"))
+    check_tokenizer(directory)
     if config.steps is None:
         raise ConfigError("a recipe for a checkpoint needs its length", found="steps=null", expected="steps=N")
     files = _files(config, load_config(directory), read_manifest(directory), _defaults(directory), config.steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -9,6 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from upcycle.data.config import MIXTURE
 from upcycle.megatron.support import BRIDGE, CORE, OWN_BRIDGES, TRANSFORMERS
 from upcycle.routing.config import Schedule
 from upcycle.train.schedule import cosine_steps, in_steps
@@ -53,6 +55,7 @@ def recipe_files(recipe: Recipe) -> dict[str, str]:
         **_layout(recipe),
         **_routing(recipe),
         **_training(recipe),
+        **_data(recipe),
         "imports": f"import {own}  # noqa: F401  (registers the bridge)\nimport torch" if own else "import torch",
     }
     return {name: Template((FILES / f"{name}.in").read_text()).substitute(values) for name in names}
@@ -122,8 +125,19 @@ def _training(recipe: Recipe) -> dict[str, Any]:
         "wsd_steps": in_steps(schedule.decay, recipe.steps) if schedule.name == "wsd" else None,
         **{name: getattr(optim, name) for name in ("weight_decay", "beta1", "beta2", "eps")},
         "clip": optim.clip or 0.0,
-        "eval_interval": train.validation.every,
-        "eval_iters": math.ceil((train.validation.windows or workload.sequences) / workload.sequences),
         "save_interval": train.checkpoint_every,
         "log_interval": train.log_every,
+    }
+
+
+def _data(recipe: Recipe) -> dict[str, Any]:
+    data, validation, sequences = recipe.train.data, recipe.train.validation, recipe.step.workload.sequences
+    weights = data.weights() if data.name == MIXTURE else {"data": 1.0}
+    batches = math.ceil((validation.windows or sequences) / sequences)
+    return {
+        "weights": json.dumps(weights),
+        "held_out": data.held_out,
+        "held_out_blend": '([f"{prefix}-held-out" for prefix in PREFIXES], SHARES)' if data.held_out else None,
+        "eval_interval": validation.every,
+        "eval_iters": batches if data.held_out else 0,
     }

@@ -1,7 +1,9 @@
 """What Megatron-Bridge cannot take: types, settings of a model, of its training. Each is refused by name.
 
 Sources: the bridges of megatron-bridge 0.6.2 (`models/qwen/qwen3_moe_bridge.py`, `models/olmoe/`), and megatron-core
-0.19.2 (`transformer/transformer_config.py`, `transformer/moe/router.py`).
+0.19.2 (`transformer/transformer_config.py`, `transformer/moe/router.py`). Attention within documents: the mask of
+`reset_attention_mask` does not reach the model (`training/gpt_step.py` of the bridge), and Transformer Engine reads no
+mask in layers that are causal (`models/gpt/gpt_layer_specs.py`).
 """
 
 from __future__ import annotations
@@ -9,9 +11,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import ConfigError, SourceError
+from upcycle.load import load_tokenizer_from
 from upcycle.routing.config import Schedule
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from upcycle.moe_config import MoeDescription
     from upcycle.train.config import TrainConfig
 
@@ -68,6 +73,27 @@ def check_model(config: Any, moe: MoeDescription) -> None:
             )
 
 
+def check_tokenizer(directory: Path) -> None:
+    """Check that a checkpoint has a tokenizer that says where a document ends.
+
+    Raises:
+        SourceError: there is none, or it does not.
+    """
+    tokenizer = load_tokenizer_from(directory)
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what transformers makes where there are no files
+        raise SourceError(
+            "the checkpoint has no tokenizer, which a recipe tokenizes text with",
+            found=directory,
+            expected="tokenizer.json, tokenizer_config.json",
+        )
+    if tokenizer.eos_token_id is None:
+        raise SourceError(
+            "the tokenizer has no end-of-text token, which a recipe needs between documents",
+            found=directory,
+            remedy="set eos_token in tokenizer_config.json",
+        )
+
+
 def check_training(config: TrainConfig) -> None:
     """Check that Megatron-Core can express how a model is trained.
 
@@ -84,6 +110,7 @@ def check_training(config: TrainConfig) -> None:
         "optim.router_lr": optim.router_lr != 1 and optim.router_lr,
         "optim.expert_lr": optim.expert_lr != 1 and optim.expert_lr,
         "distill.weight": config.distill.weight,
+        "data.document_attention": config.data.document_attention,
     }
     for option, found in beyond.items():
         if found:

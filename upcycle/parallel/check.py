@@ -6,10 +6,10 @@ import math
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from upcycle.distributed.layout import check_experts, resolve
 from upcycle.errors import ConfigError, nearest
 from upcycle.parallel.config import FoldingConfig
-from upcycle.parallel.layout import Layout
+from upcycle.parallel.folding import Folding
+from upcycle.parallel.rank_layout import check_experts, check_heads, divisors, resolve
 
 if TYPE_CHECKING:
     from upcycle.parallel.config import ParallelConfig, WorkloadConfig
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def checked_layout(
     config: ParallelConfig | FoldingConfig, sizes: ModelSizes, workload: WorkloadConfig, gpu: Gpu, nodes: int
-) -> Layout:
+) -> Folding:
     """The layout that the options ask for.
 
     Raises:
@@ -27,12 +27,12 @@ def checked_layout(
     """
     check_ranges(config, workload)
     lay_out: Any = _folding if isinstance(config, FoldingConfig) else _fsdp
-    layout: Layout = lay_out(config, sizes, gpu, nodes)
+    layout: Folding = lay_out(config, sizes, gpu, nodes)
     _check_batch(layout, workload)
     return layout
 
 
-def _folding(config: FoldingConfig, sizes: ModelSizes, gpu: Gpu, nodes: int) -> Layout:
+def _folding(config: FoldingConfig, sizes: ModelSizes, gpu: Gpu, nodes: int) -> Folding:
     tp, cp, pp, etp, ep = (getattr(config, name) or 1 for name in ("tp", "cp", "pp", "etp", "ep"))
     world, attention, moe = nodes * gpu.gpus_per_node, tp * cp * pp, etp * ep * pp
     _check_world(math.lcm(attention, moe), gpu, nodes, "tp * cp * pp and of etp * ep * pp")
@@ -42,20 +42,15 @@ def _folding(config: FoldingConfig, sizes: ModelSizes, gpu: Gpu, nodes: int) -> 
     _divides("pp", pp, "layers", sizes.layers)
     _divides("etp", etp, "width of an expert", sizes.expert_width)
     _divides("ep", ep, "experts", sizes.experts)
-    return Layout(engine="megatron", tp=tp, cp=cp, dp=world // attention, pp=pp, etp=etp, ep=ep, edp=world // moe)
+    return Folding(engine="megatron", tp=tp, cp=cp, dp=world // attention, pp=pp, etp=etp, ep=ep, edp=world // moe)
 
 
-def _fsdp(config: ParallelConfig, sizes: ModelSizes, gpu: Gpu, nodes: int) -> Layout:
+def _fsdp(config: ParallelConfig, sizes: ModelSizes, gpu: Gpu, nodes: int) -> Folding:
     ranks = resolve(config, nodes * gpu.gpus_per_node)
     check_experts(ranks, sizes.experts)
-    _divides("tp", ranks.tp, "heads of keys and values", sizes.kv_heads)
+    check_heads(ranks, sizes.kv_heads, sizes.experts)
     edp = ranks.ranks // ranks.ep
-    return Layout(engine="transformers", tp=ranks.tp, dp=ranks.data, ep=ranks.ep, edp=edp, replicate=ranks.replicate)
-
-
-def divisors(number: int) -> list[int]:
-    """The divisors of a number, ascending."""
-    return [way for way in range(1, number + 1) if number % way == 0]
+    return Folding(engine="transformers", tp=ranks.tp, dp=ranks.data, ep=ranks.ep, edp=edp, replicate=ranks.replicate)
 
 
 def check_ranges(config: ParallelConfig | FoldingConfig, workload: WorkloadConfig) -> None:
@@ -92,7 +87,7 @@ def _check_world(unit: int, gpu: Gpu, nodes: int, product: str) -> None:
         )
 
 
-def _check_batch(layout: Layout, workload: WorkloadConfig) -> None:
+def _check_batch(layout: Folding, workload: WorkloadConfig) -> None:
     ranks = layout.dp * workload.micro
     _multiple("sequences", workload.sequences, ranks, f"dp {layout.dp} * micro {workload.micro}")
     if layout.engine == "megatron":

@@ -15,21 +15,22 @@ from upcycle.parallel.gpu import Gpu, GpuFile
 class ParallelConfig:
     """How ranks share the model and the batch (transformers' `DistributedConfig`): world = replicate * fsdp * tp.
 
-    The ranks of one replica hold the experts: ep of them share a copy, fsdp * tp / ep of them shard each expert.
+    The ranks of one replica hold the experts: ep of them share a copy, fsdp * tp / ep of them shard each expert. With
+    search=true null is whatever is best.
 
     Attributes:
         fsdp: ranks that shard the parameters (FSDP2), and split the batch; null takes what the world leaves.
-        tp: ranks that split every matrix outside the experts.
+        tp: ranks that split every matrix outside the experts; null is 1.
         ep: ranks that experts are spread over; null takes all of a replica, fsdp * tp.
-        replicate: replicas of the whole, which split the batch too (HSDP).
+        replicate: replicas of the whole, which split the batch too (HSDP); null is 1.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = STRICT
 
     fsdp: int | None
-    tp: int
+    tp: int | None
     ep: int | None
-    replicate: int
+    replicate: int | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from upcycle.parallel.sizes import layer
 
 if TYPE_CHECKING:
-    from upcycle.parallel.layout import Layout
+    from upcycle.parallel.folding import Folding
     from upcycle.parallel.sizes import ModelSizes
     from upcycle.parallel.step import Step
 
@@ -89,7 +89,7 @@ def _in_flight(step: Step, stage: int) -> float:
     return min(step.micro_batches, (warm_up + 1) / chunks)
 
 
-def layer_activations(sizes: ModelSizes, layout: Layout, *, moe: bool) -> float:
+def layer_activations(sizes: ModelSizes, layout: Folding, *, moe: bool) -> float:
     """Bytes that a layer keeps for its backward pass, in bfloat16, per token of a CP rank.
 
     Counted as in arXiv 2205.05198, section 4, without dropout, and with an attention that keeps no scores: the inputs

@@ -19,7 +19,7 @@ LINK_EFFICIENCY = 0.6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class StepEstimate:
     """An estimated training step.
 
     Attributes:
@@ -39,24 +39,26 @@ class Estimate:
         return self.compute.total + sum(self.exposed.values()) + self.bubble
 
 
-def estimate(step: Step, gpu: Gpu) -> Estimate:
+def estimate(step: Step, gpu: Gpu) -> StepEstimate:
     """Estimate the time of a step."""
     computed, found = compute(step, gpu), communication(step)
-    window = {"nothing": 0.0, "micro_batch": computed.total / step.micro_batches, "step": computed.total}
-    exposed, once = dict.fromkeys(KINDS, 0.0), 0.0
-    for behind, hidden in window.items():
+    shares = {"nothing": 0.0, "micro_batch": 1 / step.micro_batches, "step": 1.0}
+    exposed, once, left = dict.fromkeys(KINDS, 0.0), 0.0, computed.total
+    for behind, share in shares.items():
         together = [(traffic.kind, seconds(traffic, gpu)) for traffic in found if traffic.behind == behind]
         total = sum(duration for _, duration in together)
+        hidden = min(total, share * computed.total, left)  # no compute hides two things
+        left -= hidden
         for kind, duration in together:
-            exposed[kind] += duration * max(0.0, 1 - hidden / total)
-        once += max(0.0, total - hidden) if behind == "micro_batch" else 0.0
+            exposed[kind] += duration * (1 - hidden / total)
+        once += total - hidden if behind == "micro_batch" else 0.0
     repeated = computed.total + sum(exposed.values()) - once
     bubble = repeated * (step.layout.pp - 1) / (step.micro_batches * step.chunks)
     workload = step.workload
     tokens = workload.sequences * workload.sequence_length
     flops = TRAINING_PASSES * step.sizes.forward_flops(sequence_length=workload.sequence_length) * tokens
     available = (repeated + once + bubble) * step.layout.world * gpu.flops
-    return Estimate(compute=computed, exposed=exposed, bubble=bubble, mfu=flops / available)
+    return StepEstimate(compute=computed, exposed=exposed, bubble=bubble, mfu=flops / available)
 
 
 def seconds(traffic: Traffic, gpu: Gpu) -> float:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 from upcycle.errors import ConfigError
-from upcycle.parallel.check import check_ranges, checked_layout, divisors
+from upcycle.parallel.check import check_ranges, checked_layout
+from upcycle.parallel.config import FoldingConfig, ParallelConfig
 from upcycle.parallel.memory import RESERVED, Memory, memory
-from upcycle.parallel.roofline import Estimate, estimate
+from upcycle.parallel.rank_layout import divisors, rank_layouts
+from upcycle.parallel.roofline import StepEstimate, estimate
 from upcycle.parallel.step import Step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from upcycle.parallel.config import FoldingConfig, ParallelConfig, WorkloadConfig
+    from upcycle.parallel.config import WorkloadConfig
     from upcycle.parallel.gpu import Gpu
     from upcycle.parallel.sizes import ModelSizes
 
 LARGER = [2**power for power in range(8)]
+# No published run cuts sequences into shorter pieces (2504.14960, table 5; 2412.09952, table 2), where kernels are
+# slower than is estimated.
+SHORTEST_PIECE = 4096  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +65,7 @@ class Candidate:
 
     step: Step
     memory: Memory
-    estimate: Estimate
+    estimate: StepEstimate
 
 
 def candidate(step: Step, gpu: Gpu) -> Candidate:
@@ -96,23 +101,35 @@ def search(request: Request) -> list[Candidate]:
 
 
 def _possible(request: Request) -> Iterator[Step]:
+    given = request.parallel
+    for parallel in _foldings(request, given) if isinstance(given, FoldingConfig) else _own_layouts(request, given):
+        try:
+            yield replace(request, parallel=parallel).step()
+        except ConfigError:
+            continue
+
+
+def _foldings(request: Request, given: FoldingConfig) -> Iterator[FoldingConfig]:
     nodes, gpu, sizes = request.nodes, request.gpu, request.sizes
-    tried: dict[str, Any] = {
-        "fsdp": [None],  # follows from the world
+    pieces = max(1, request.workload.sequence_length // SHORTEST_PIECE)
+    tried = {
         "tp": divisors(gpu.gpus_per_node),
-        "cp": divisors(nodes * gpu.gpus_per_node),
+        "cp": [cp for cp in divisors(nodes * gpu.gpus_per_node) if cp <= pieces],
         "pp": divisors(sizes.layers),
         "etp": divisors(gpu.gpus_per_node),
         "ep": divisors(sizes.experts),
     }
-    given = request.parallel
     free = [field.name for field in fields(given) if getattr(given, field.name) is None]
     for degrees in itertools.product(*(tried[name] for name in free)):
-        try:
-            chosen = dict[str, Any](zip(free, degrees, strict=True))
-            yield replace(request, parallel=replace(given, **chosen)).step()
-        except ConfigError:
-            continue
+        yield replace(given, **dict(zip(free, degrees, strict=True)))
+
+
+def _own_layouts(request: Request, given: ParallelConfig) -> Iterator[ParallelConfig]:
+    gpu, sizes = request.gpu, request.sizes
+    for layout in rank_layouts(request.nodes * gpu.gpus_per_node, experts=sizes.experts, heads=sizes.kv_heads):
+        within_a_node = given.tp or gpu.gpus_per_node % layout.tp == 0
+        if within_a_node and all(getattr(given, name) in (None, size) for name, size in asdict(layout).items()):
+            yield ParallelConfig(**asdict(layout))
 
 
 def _larger(nodes: int) -> list[int]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from upcycle.arch.backbone import QkNorm
     from upcycle.moe_config import MoeDescription
     from upcycle.prepare import Conversion
 
@@ -32,7 +33,7 @@ class ModelSizes:
         vocab: rows of the embedding; `tied` shares them with the head.
         norms: norms of a layer that have weights.
         qkv_bias: biases of queries, keys and values.
-        qk_norm: norms of queries and keys, per head.
+        qk_norm: norms of queries and keys: none, per head, or over all heads together.
     """
 
     layers: int
@@ -51,7 +52,7 @@ class ModelSizes:
     tied: bool = False
     norms: int = 2
     qkv_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: QkNorm = "none"
 
     @property
     def matrices(self) -> int:
@@ -110,8 +111,9 @@ def layer(sizes: ModelSizes, *, moe: bool) -> Iterator[Weight]:
         if sizes.qkv_bias:
             yield Weight(shape=(rows,), split=0)
     yield Weight(shape=(hidden, queries), split=1)
-    for _ in range(2 if sizes.qk_norm else 0):
-        yield Weight(shape=(sizes.head_size,))
+    widths = {"none": (), "head": (sizes.head_size, sizes.head_size), "full": (queries, keys)}
+    for width in widths[sizes.qk_norm]:
+        yield Weight(shape=(width,))
     for _ in range(sizes.norms):
         yield Weight(shape=(hidden,))
     if not moe:
@@ -160,7 +162,7 @@ def conversion_sizes(conversion: Conversion) -> ModelSizes:
         tied=model.tied,
         norms=norms,
         qkv_bias=backbone.attention_bias != "none",
-        qk_norm=backbone.qk_norm == "head",
+        qk_norm=backbone.qk_norm,
     )
 
 
@@ -181,5 +183,5 @@ def checkpoint_sizes(config: Any, moe: MoeDescription) -> ModelSizes:
         shared_width=moe.shared_width,
         vocab=moe.vocabulary,
         tied=config.tie_word_embeddings,
-        qk_norm=moe.model_type == "qwen3_moe",
+        qk_norm=moe.target.qk_norm,
     )

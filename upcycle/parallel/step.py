@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from upcycle.parallel.config import WorkloadConfig
-    from upcycle.parallel.layout import Layout
+    from upcycle.parallel.folding import Folding
     from upcycle.parallel.sizes import ModelSizes, Weight
 
 
@@ -21,7 +21,7 @@ class Step:
     """A model, its layout, and what a step does."""
 
     sizes: ModelSizes
-    layout: Layout
+    layout: Folding
     workload: WorkloadConfig
 
     @property

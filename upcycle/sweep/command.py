@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from upcycle.errors import ConfigError
+from upcycle.errors import ConfigError, OutputError
 from upcycle.files import write_text
 from upcycle.prepare import free_bytes
 from upcycle.source import expanded
@@ -38,12 +38,13 @@ def sweep_name() -> str:
 
 
 def show(composed: DictConfig) -> int:
-    """`upcycle plan-sweep`: what a sweep would run and cost, or everything that is wrong with it."""
+    """`upcycle plan-sweep`: what a sweep would run and cost, or everything that is wrong with it; 1 on a full disk."""
     if composed.agent:
         _check_output(composed)
     output = expanded("." if OmegaConf.is_missing(composed, "output") else composed.output)
     plan = _plan(composed, output, execute=False)
-    Console().print(plan_table(plan, free=free_bytes(output)))
+    free = free_bytes(output)
+    Console().print(plan_table(plan, free=free))
     if composed.agent:
         config = agent_config(
             plan,
@@ -55,18 +56,24 @@ def show(composed: DictConfig) -> int:
         )
         write_text(expanded(composed.agent), OmegaConf.to_yaml(OmegaConf.create(config)))
         print(f"wrote {composed.agent}\nnext: wandb sweep {composed.agent}")
-    return 0
+    return 1 if plan.disk(plan.left) > free else 0
 
 
 def train(composed: DictConfig) -> int:
     """`upcycle train -m +sweeps=NAME`: run what has not finished, then list all; 1 if a run did not finish.
 
     With `+arm=NAME seed=N` instead of `-m`, that one run.
+
+    Raises:
+        ConfigError: the sweep is not valid, or has no output.
+        OutputError: the disk has too little space, or the output cannot be written.
     """
     _check_output(composed)
     output = expanded(composed.output)
     plan = _plan(composed, output, execute=True)
-    Console(stderr=True).print(plan_table(plan, free=free_bytes(output)))
+    free = free_bytes(output)
+    Console(stderr=True).print(plan_table(plan, free=free))
+    _check_space(plan, output, free)
     run_sweep(plan, output=output, overrides=_overrides(), launcher=HydraConfig.get().overrides.hydra)
     ended = endings(plan)
     Console().print(endings_table(plan, ended))
@@ -83,6 +90,17 @@ def _plan(composed: DictConfig, output: Path, *, execute: bool) -> SweepPlan:
 def _check_output(composed: DictConfig) -> None:
     if OmegaConf.is_missing(composed, "output"):
         raise ConfigError("a required option is missing", found="nothing", expected="output=…", remedy="add output=DIR")
+
+
+def _check_space(plan: SweepPlan, output: Path, free: int) -> None:
+    needed = plan.disk(plan.left)
+    if needed > free:
+        raise OutputError(
+            "there is too little space for the checkpoints, and nothing was started",
+            found=f"{free / 1e9:.2f} GB free at {output}",
+            expected=f"{needed / 1e9:.2f} GB for {len(plan.left)} runs",
+            remedy="make space, choose another output, or take fewer sweep.seeds",
+        )
 
 
 def _overrides() -> list[str]:

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from upcycle.errors import RecordError
 from upcycle.files import locked, write_text
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def write_index(plan: SweepPlan, output: Path) -> None:
 
     Raises:
         OutputError: it cannot be written.
+        RecordError: as for `read_index`.
     """
     output.mkdir(parents=True, exist_ok=True)
     with locked(output / f".{plan.name}.lock"):  # W&B's agents start arms of one sweep side by side
@@ -32,15 +34,38 @@ def write_index(plan: SweepPlan, output: Path) -> None:
 
 
 def read_index(output: Path, name: str) -> dict[str, Any] | None:
-    """The index of a sweep; None where it was not started in that directory."""
+    """The index of a sweep; None where it was not started in that directory.
+
+    Raises:
+        RecordError: it is damaged.
+    """
     path = _path(output, name)
-    return dict(json.loads(path.read_text())) if path.exists() else None
+    if not path.exists():
+        return None
+    index = _index(path)
+    if index is None:
+        raise RecordError(
+            "the index of the sweep is damaged",
+            found=path,
+            expected="what upcycle train -m +sweeps=NAME wrote",
+            remedy="delete it, and start the sweep again: what has finished is not run again",
+        )
+    return index
 
 
 def read_indexes(output: Path) -> dict[str, dict[str, Any]]:
-    """The indexes of all sweeps that were started in a directory, by the sweeps' names."""
-    contents = [json.loads(file.read_text()) for file in sorted(output.glob("*.json"))]
-    return {each["sweep"]: each for each in contents if isinstance(each, dict) and {"sweep", "runs"} <= each.keys()}
+    """The indexes of all sweeps that were started in a directory, by the sweeps' names; other files are none."""
+    contents = [_index(file) for file in sorted(output.glob("*.json"))]
+    return {each["sweep"]: each for each in contents if each}
+
+
+def _index(file: Path) -> dict[str, Any] | None:
+    """What a file says, if it is an index."""
+    try:
+        content = json.loads(file.read_text())
+    except (ValueError, IsADirectoryError):
+        return None
+    return content if isinstance(content, dict) and {"sweep", "runs"} <= content.keys() else None
 
 
 def _path(output: Path, name: str) -> Path:

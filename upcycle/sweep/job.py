@@ -21,6 +21,7 @@ from upcycle.source import expanded
 from upcycle.sweep.requeue import Requeue
 from upcycle.sweep.team import Team, submitted
 from upcycle.tracking.record import RUN, read_run
+from upcycle.tracking.status import FINISHED, INTERRUPTED
 from upcycle.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-FINISHED, INTERRUPTED = "finished", "interrupted"
 ERROR_LINES = 5
 WORKER = (sys.executable, "-P", "-m", "upcycle.sweep.worker")
 

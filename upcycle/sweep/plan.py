@@ -18,12 +18,14 @@ from upcycle.errors import ConfigError, UpcycleError, near_misses
 from upcycle.sweep.check import Estimate, estimate
 from upcycle.sweep.config import SweepConfig
 from upcycle.sweep.expand import Arm, expand
-from upcycle.tracking.record import NOT_COMPARED
+from upcycle.sweep.job import status_of
+from upcycle.tracking.record import CHECKPOINTS, NOT_COMPARED
 from upcycle.tracking.schema import METRICS
+from upcycle.tracking.status import FINISHED
 from upcycle.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from omegaconf import DictConfig
@@ -71,12 +73,21 @@ class SweepPlan:
     jobs: tuple[Job, ...]
 
     @property
-    def flops(self) -> int:
-        return sum(self.estimates[job.arm].flops for job in self.jobs)
+    def left(self) -> tuple[Job, ...]:
+        """The runs that have not finished, as their directories say now."""
+        return tuple(job for job in self.jobs if status_of(job.directory) != FINISHED)
 
-    @property
-    def disk(self) -> int:
-        return sum(self.estimates[job.arm].disk for job in self.jobs)
+    def flops(self, jobs: Iterable[Job]) -> int:
+        """Training FLOPs of runs from their start."""
+        return sum(self.estimates[job.arm].flops for job in jobs)
+
+    def seconds(self, jobs: Iterable[Job]) -> float:
+        """Of runs from their start, one after the other, at the speed that the scale assumes."""
+        return self.flops(jobs) / self.sweep.flops_per_second
+
+    def disk(self, jobs: Iterable[Job]) -> int:
+        """Bytes that the checkpoints of runs will take beyond what they take now."""
+        return sum(max(0, self.estimates[job.arm].disk - _taken(job)) for job in jobs)
 
 
 def plan_sweep(composed: DictConfig, *, name: str, overrides: Sequence[str], output: Path, execute: bool) -> SweepPlan:
@@ -95,15 +106,14 @@ def plan_sweep(composed: DictConfig, *, name: str, overrides: Sequence[str], out
     Raises:
         ConfigError: the sweep is not valid, has no such arm, arms are not (all are listed), or two arms are the same.
     """
-    sweep = _sweep_options(composed)
+    sweep = sweep_options(composed)
     arms, seeds = expand(sweep), tuple(sweep.seeds)
     if ARM in composed:
         arms, seeds = (_named(str(composed[ARM]), arms),), (composed.seed,)
     configs, estimates, errors = dict[str, TrainConfig](), dict[str, Estimate](), dict[str, str]()
     for arm in arms:
         try:
-            given = [*overrides, *arm.overrides, "output=''"]
-            configs[arm.name] = typed_options(TrainConfig, compose(COMMAND, overrides=given))
+            configs[arm.name] = arm_config(arm, overrides, seed=composed.seed)
             estimates[arm.name] = estimate(configs[arm.name], execute=execute)
         except (UpcycleError, HydraException, OmegaConfBaseException, OSError) as error:
             errors[arm.name] = readable(error, COMMAND)
@@ -111,8 +121,44 @@ def plan_sweep(composed: DictConfig, *, name: str, overrides: Sequence[str], out
         found = "".join(f"\n  {arm}: " + error.replace("\n", "\n  ") for arm, error in errors.items())
         raise ConfigError(f"{len(errors)} of {len(arms)} arms are not valid, and nothing was started", found=found)
     _check_different(configs)
-    jobs = tuple(_job(arm, configs[arm.name], seed, output) for seed in seeds for arm in arms)
+    jobs = tuple(
+        Job(
+            arm=arm.name,
+            seed=seed,
+            directory=output / directory_name(configs[arm.name], seed),
+            overrides=(*arm.overrides, f"seed={seed}"),
+        )
+        for seed in seeds
+        for arm in arms
+    )
     return SweepPlan(name=name, sweep=sweep, arms=arms, seeds=seeds, estimates=estimates, jobs=jobs)
+
+
+def arm_config(arm: Arm, overrides: Sequence[str], *, seed: int) -> TrainConfig:
+    """The options of an arm's runs, but for output and seed.
+
+    Args:
+        arm: the arm.
+        overrides: the sweep's command line.
+        seed: the one that this gives.
+
+    Raises:
+        ConfigError: an option is not valid, or the arm sets the seed.
+        HydraException: an override cannot be composed.
+    """
+    config: TrainConfig = typed_options(TrainConfig, compose(COMMAND, [*overrides, *arm.overrides, "output=''"]))
+    if config.seed != seed:
+        raise ConfigError(
+            "an arm sets the seed, and every arm runs with each of sweep.seeds",
+            found=f"seed={config.seed}",
+            remedy="leave it out of the arm; sweep.seeds=[0,1,2] says which seeds",
+        )
+    return config
+
+
+def directory_name(config: TrainConfig, seed: int) -> str:
+    """Name of the directory of an arm's run."""
+    return config_hash(replace(config, seed=seed))[:HASH_LENGTH]
 
 
 def config_hash(config: TrainConfig) -> str:
@@ -121,7 +167,12 @@ def config_hash(config: TrainConfig) -> str:
     return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
 
 
-def _sweep_options(composed: DictConfig) -> SweepConfig:
+def sweep_options(composed: DictConfig) -> SweepConfig:
+    """The checked options `sweep.*` of a composed config.
+
+    Raises:
+        ConfigError: there is no scale, or an option is not valid.
+    """
     if "seeds" not in composed.sweep:
         raise ConfigError("a sweep needs a scale", found="scale=null", expected="scale=smoke, laptop, smollm2 or paper")
     # The values of arms may refer to the baseline, such as `${schedule.final}`, so this is resolved as a whole.
@@ -130,6 +181,11 @@ def _sweep_options(composed: DictConfig) -> SweepConfig:
     if sweep.metric not in {metric.name for metric in METRICS}:
         raise ConfigError("sweep.metric is not a metric", found=sweep.metric, expected="a name of tracking/schema.py")
     return sweep
+
+
+def _taken(job: Job) -> int:
+    files = (file for file in (job.directory / CHECKPOINTS).rglob("*") if file.is_file() and not file.is_symlink())
+    return sum(file.stat().st_size for file in files)
 
 
 def _named(name: str, arms: Sequence[Arm]) -> Arm:
@@ -150,8 +206,3 @@ def _check_different(configs: Mapping[str, TrainConfig]) -> None:
             found="; ".join(repeated),
             remedy="leave one out, or look for a value that is the baseline's",
         )
-
-
-def _job(arm: Arm, config: TrainConfig, seed: int, output: Path) -> Job:
-    directory = output / config_hash(replace(config, seed=seed))[:HASH_LENGTH]
-    return Job(arm=arm.name, seed=seed, directory=directory, overrides=(*arm.overrides, f"seed={seed}"))

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from upcycle.render import duration
-from upcycle.sweep.job import FINISHED, status_of
+from upcycle.tracking.status import FINISHED, NOT_STARTED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,18 +44,17 @@ def plan_table(plan: SweepPlan, *, free: int) -> RenderableType:
 
 
 def _totals(plan: SweepPlan, free: int) -> list[str]:
-    sweep = plan.sweep
-    finished = sum(status_of(job.directory) == FINISHED for job in plan.jobs)
+    left = plan.left
+    seeds, finished = ", ".join(map(str, plan.seeds)), len(plan.jobs) - len(left)
+    flops = f"{plan.flops(left):.3g}" + (f" of {plan.flops(plan.jobs):.3g}" if finished else "")
+    needed = plan.disk(left)
     lines = [
-        f"{len(plan.jobs)} runs ({len(plan.arms)} arms, seeds {', '.join(map(str, plan.seeds))}), {finished} finished",
-        f"{plan.flops:.3g} FLOPs, {duration(plan.flops / sweep.flops_per_second)} one after the other at "
-        f"{sweep.flops_per_second:.3g} FLOP/s",
-        f"{plan.disk / 1e9:.2f} GB of checkpoints, {free / 1e9:.1f} GB free",
+        f"{len(plan.jobs)} runs ({len(plan.arms)} arms, seeds {seeds}), {finished} finished",
+        f"left: {flops} FLOPs, {duration(plan.seconds(left))} one after the other at "
+        f"{plan.sweep.flops_per_second:.3g} FLOP/s",
+        f"left: {needed / 1e9:.2f} GB of checkpoints, {free / 1e9:.1f} GB free",
     ]
-    conflicts = []
-    if plan.disk > free:
-        conflicts.append("conflict: too little space for the checkpoints")
-    return lines + conflicts
+    return [*lines, "conflict: too little space for the checkpoints"] if needed > free else lines
 
 
 def endings_table(plan: SweepPlan, ended: Sequence[Ending]) -> Table:
@@ -79,6 +78,6 @@ def unfinished(ended: Sequence[Ending]) -> str:
         return ""
     parts = [f"{len(left)} of {len(ended)} runs did not finish; the same command goes on with them:"]
     for each in left:
-        parts.append(f"{each.job.arm}, seed {each.job.seed} ({each.status or 'not started'}): {each.job.directory}")
+        parts.append(f"{each.job.arm}, seed {each.job.seed} ({each.status or NOT_STARTED}): {each.job.directory}")
         parts += [textwrap.indent(line, "  ") for line in each.error]
     return "\n".join(parts)

@@ -17,10 +17,13 @@ from hydra.types import HydraContext, RunMode
 from upcycle.arguments import quoted
 from upcycle.checkpoint.renames import check_renames
 from upcycle.errors import ConfigError
+from upcycle.sweep.expand import literal
 from upcycle.sweep.index import write_index
-from upcycle.sweep.job import FINISHED, last_lines, run_job, status_of
+from upcycle.sweep.job import last_lines, run_job, status_of
 from upcycle.sweep.plan import COMMAND
 from upcycle.tracking.record import read_run
+from upcycle.tracking.status import FINISHED
+from upcycle.tracking.tags import sweep_tags
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -73,10 +76,12 @@ def run_sweep(plan: SweepPlan, *, output: Path, overrides: Sequence[str], launch
     _check_ranks(config)
     check_renames(output / "run")
     write_index(plan, output)
-    waiting = [job for job in plan.jobs if status_of(job.directory) != FINISHED]
+    waiting = plan.left
     group = f"wandb.group={quoted(plan.name)}"  # first, so that the command line may name another
+    tags = [f"wandb.tags={literal([*config.wandb.tags, *sweep_tags(plan.name, job.arm)])}" for job in waiting]
     jobs = [
-        [group, *overrides, *job.overrides, *_as_job(job, f"{n} of {len(waiting)}")] for n, job in enumerate(waiting, 1)
+        [group, *overrides, *job.overrides, tagged, *_as_job(job, f"{n} of {len(waiting)}")]
+        for n, (job, tagged) in enumerate(zip(waiting, tags, strict=True), 1)
     ]
     if jobs:
         _launch(jobs, config, HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config)))
@@ -115,6 +120,7 @@ def _launch(jobs: list[list[str]], config: DictConfig, context: HydraContext) ->
             launcher.launch(jobs, initial_job_idx=0)
     except Exception as error:  # what its scheduler raises, such as for a job that was lost; the others are not
         _log.error("the launcher ended early: %s", " ".join(f"{type(error).__name__}: {error}".split()))
+        _log.debug("where it ended", exc_info=True)
 
 
 @contextmanager

@@ -3,8 +3,10 @@
 DIR/run.json         resolved config, manifest, versions, hardware, data, status
 DIR/metrics.jsonl    one row per logging interval and validation
 DIR/metrics.arrow    the same as columns, of a finished run
-DIR/checkpoints/     last.ckpt, best.ckpt
+DIR/checkpoints/     last.ckpt, best.ckpt: files, or of several ranks directories of shards
 DIR/model/           config.json and tokenizer
+DIR/wandb/           what the client of W&B keeps, such as offline runs
+DIR/.lock            held by the process that trains or sends the run
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import ConfigError, OutputError, RecordError, SourceError
 from upcycle.files import output_errors, write_all, write_text
+from upcycle.tracking.schema import SCHEMA_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,19 +58,25 @@ class Record:
 
         Raises:
             OutputError: something is there that may not be replaced.
+            RecordError: what is there is another project's, or to go on with and of another version of the schema.
+            SourceError: its run.json is damaged.
             ConfigError: the run that is there was started with other options.
         """
-        record = cls(directory, overwrite=config.overwrite and (directory / RUN).is_file())
-        if record.overwrite:
+        known = (directory / RUN).is_file()
+        record = cls(directory, overwrite=config.overwrite and known)
+        if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
             return record
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            if config.resume != "auto" or not (directory / RUN).is_file():
-                raise OutputError(
-                    f"the output {directory} exists already",
-                    expected="a new directory",
-                    remedy="go on with it with resume=auto, delete it with overwrite=true, or choose another output",
-                )
-            _check_same(read_run(directory)["config"], json.loads(json.dumps(asdict(config))))
+        if not known or not (config.overwrite or config.resume == "auto"):
+            raise OutputError(
+                f"the output {directory} exists already",
+                expected="a new directory",
+                remedy="go on with it with resume=auto, delete it with overwrite=true, or choose another output",
+            )
+        before = read_run(directory)
+        check_training_run(before, directory)
+        if not record.overwrite:
+            check_schema(before, directory)
+            _check_same(before["config"], json.loads(json.dumps(asdict(config))))
         return record
 
     def create(self) -> None:
@@ -132,14 +141,20 @@ def read_run(directory: Path) -> dict[str, Any]:
         SourceError: it is missing or damaged.
     """
     try:
-        content: dict[str, Any] = json.loads((directory / RUN).read_text())
+        content: Any = json.loads((directory / RUN).read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise SourceError(
             "there is no run", found=directory, expected="a directory that upcycle train wrote"
         ) from error
     except ValueError as error:
-        raise SourceError("run.json is damaged", found=f"{directory}: {error}", remedy="train again") from error
+        raise _damaged(f"{directory}: {error}") from error
+    if not isinstance(content, dict):
+        raise _damaged(f"{directory}: {type(content).__name__} where an object should be")
     return content
+
+
+def _damaged(found: str) -> SourceError:
+    return SourceError("run.json is damaged", found=found, remedy="delete the run, and train it again")
 
 
 def check_training_run(content: Mapping[str, Any], place: object) -> None:
@@ -150,6 +165,18 @@ def check_training_run(content: Mapping[str, Any], place: object) -> None:
             "this is not a training run of upcycle",
             found=f"{place}, without {', '.join(missing)}",
             expected="directories of this project's runs alone",
+            remedy="leave it out, or choose another directory",
+        )
+
+
+def check_schema(content: Mapping[str, Any], place: object) -> None:
+    """Raise RecordError if a training run was recorded in another version of the schema."""
+    if content.get("schema") != SCHEMA_VERSION:
+        raise RecordError(
+            "a run was recorded in another version of the schema",
+            found=f"{place}: schema {content.get('schema', 'without a number')}",
+            expected=f"schema {SCHEMA_VERSION}",
+            remedy="leave it out, or use the version of upcycle that wrote it",
         )
 
 

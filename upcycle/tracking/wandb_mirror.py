@@ -19,6 +19,8 @@ from upcycle.report import REPORT
 from upcycle.tracking.record import CHECKPOINTS, METRICS
 from upcycle.tracking.schema import METRICS as SCHEMA
 from upcycle.tracking.schema import metric
+from upcycle.tracking.status import FINISHED
+from upcycle.tracking.tags import arm_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from wandb import Run as WandbRun
 
 START_SECONDS, FINISH_SECONDS = 30.0, 120.0  # that a server may take before it is given up
+TAG_LENGTH = 64  # characters: the client refuses longer ones
 CHANGING = ("status", "error", "summary", "wandb")  # entries of run.json that are not what was run
 Identity = dict[str, Any]
 
@@ -90,7 +93,7 @@ class Mirror:
 
         Args:
             status: of the record.
-            artifacts: files by type.
+            artifacts: files and directories by type.
 
         Raises:
             TimeoutError: the server did not take it in time.
@@ -113,7 +116,7 @@ class Mirror:
         try:
             self._run.summary["status"] = status
         finally:
-            self._run.finish(exit_code=0 if status == "finished" else 1)
+            self._run.finish(exit_code=0 if status == FINISHED else 1)
 
     def _send(self, row: dict[str, Any]) -> None:
         time = datetime.fromisoformat(row.pop("time")).timestamp()
@@ -129,12 +132,13 @@ class Mirror:
         values = {name: _histogram(value) if isinstance(value, list) else value for name, value in row.items()}
         self._run.log({**values, "_timestamp": time}, step=self._line, commit=True)
 
-    def _send_artifact(self, kind: str, files: list[Path]) -> None:
+    def _send_artifact(self, kind: str, paths: list[Path]) -> None:
         import wandb
 
         artifact = wandb.Artifact(f"{kind}-{self._run.id}", type=kind)
-        for file in files:
-            artifact.add_file(str(file), policy="immutable")  # others are copied to the home directory first
+        for path in paths:
+            add = artifact.add_dir if path.is_dir() else artifact.add_file
+            add(str(path), name=path.name, policy="immutable")  # others are copied to the home directory first
         self._run.log_artifact(artifact)
 
 
@@ -159,9 +163,9 @@ def open_mirror(directory: Path, content: Mapping[str, Any], *, online: bool, he
         resume="allow" if online else None,
         project=identity["project"],
         entity=identity["entity"],
-        name=directory.resolve().name,
+        name=_name(directory, content),
         group=options.get("group"),
-        tags=options.get("tags"),
+        tags=[tag[:TAG_LENGTH] for tag in options.get("tags") or ()],
         config=wandb_config(content),
         dir=str(directory),
         settings=wandb.Settings(
@@ -183,19 +187,30 @@ def _per_step(content: Mapping[str, Any]) -> dict[str, int]:
 
 
 def wandb_config(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a W&B run: what run.json holds, and the unit of every metric."""
+    """The config of a W&B run: what run.json holds, and the unit of every metric.
+
+    Of the manifest without the entry for every tensor: a large model has more of them than W&B shows.
+    """
     fixed = {name: value for name, value in content.items() if name not in CHANGING}
+    if "manifest" in fixed:
+        fixed["manifest"] = {name: value for name, value in fixed["manifest"].items() if name != "tensors"}
     return {**fixed, "units": {each.name: each.unit for each in SCHEMA}}
 
 
+def _name(directory: Path, content: Mapping[str, Any]) -> str:
+    """What people see: of a sweep's run its arm and seed, of another its directory."""
+    arm = arm_of((content["config"].get("wandb") or {}).get("tags") or ())
+    return f"{arm}, seed {content['config']['seed']}" if arm else directory.resolve().name
+
+
 def artifacts(directory: Path, content: Mapping[str, Any]) -> dict[str, list[Path]]:
-    """Files that go with a record, by type, if its options ask for them."""
+    """Files, and directories of shards, that go with a record, by type, if its options ask for them."""
     options = content["config"]
     if not (options.get("wandb") or {}).get("artifacts"):
         return {}
-    report = Path(options["source"] or "").expanduser() / REPORT
-    found = {"checkpoint": sorted((directory / CHECKPOINTS).glob("*.ckpt")), "equivalence": [report]}
-    return {kind: existing for kind, files in found.items() if (existing := [file for file in files if file.is_file()])}
+    report = [Path(options["source"]).expanduser() / REPORT] if options["source"] else []
+    found = {"checkpoint": sorted((directory / CHECKPOINTS).glob("*.ckpt")), "equivalence": report}
+    return {kind: existing for kind, paths in found.items() if (existing := [path for path in paths if path.exists()])}
 
 
 def _histogram(values: list[float]) -> Any:

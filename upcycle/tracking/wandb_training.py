@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from upcycle.tracking.record import RUN, read_run
+from upcycle.tracking.status import FAILED
 from upcycle.tracking.wandb_mirror import Mirror, agents_identity, artifacts, new_identity, open_mirror
 from upcycle.tracking.wandb_offline import offline_rows, set_aside, unsent_logs
 
@@ -93,4 +94,4 @@ class TrainingMirror:
             mirror, self._mirror = self._mirror, None
             if mirror:
                 with suppress(Exception):
-                    mirror.close("failed")
+                    mirror.close(FAILED)

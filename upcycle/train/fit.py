@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from upcycle.data.order import PositionSampler
 from upcycle.distributed.strategy import ShardedStrategy
 from upcycle.quiet import only_warnings
+from upcycle.tracking.status import FINISHED, INTERRUPTED
 from upcycle.train.checkpoints import Checkpoints, checkpoint_io
 from upcycle.train.metrics import ExpertSimilarity, TrainingMetrics
 from upcycle.train.models import conversion_request, dense_shards
@@ -42,7 +43,7 @@ def fit(run: Run, callbacks: Sequence[Callback]) -> str:
         callbacks: more of them, such as progress.
 
     Returns:
-        "finished" or "interrupted".
+        FINISHED or INTERRUPTED.
     """
     config = run.config
     run.ranks.wait()  # until the record's directory is there
@@ -69,8 +70,8 @@ def fit(run: Run, callbacks: Sequence[Callback]) -> str:
     if checkpoints.signalled:
         name = checkpoints.signalled.name
         _log.warning("stopped by %s after step %d: go on with resume=auto", name, trainer.global_step)
-        return "interrupted"
-    return "finished"
+        return INTERRUPTED
+    return FINISHED
 
 
 def _trainer(run: Run, callbacks: list[Callback]) -> Trainer:

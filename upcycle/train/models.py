@@ -15,7 +15,6 @@ from upcycle.checkpoint import hash_files
 from upcycle.config import ConvertConfig
 from upcycle.convert import output_config
 from upcycle.data.bytes_tokenizer import byte_tokenizer
-from upcycle.distributed.layout import check_experts, check_heads
 from upcycle.distributed.model import laid_out, settle
 from upcycle.distributed.ranks import ALONE
 from upcycle.errors import ConfigError, did_you_mean
@@ -32,6 +31,7 @@ from upcycle.manifest import manifest_json, read_manifest
 from upcycle.materialise import Materialiser
 from upcycle.model_config import read_config
 from upcycle.moe_config import MoeDescription, describe_config, describe_moe
+from upcycle.parallel.rank_layout import check_experts, check_heads
 from upcycle.prepare import prepare
 from upcycle.slices import SlicedTensor, SliceMaterialiser
 from upcycle.source import expanded, open_source
@@ -84,7 +84,8 @@ def start_model(config: TrainConfig, ranks: Ranks = ALONE) -> Start:
         start = arms[config.model](config, ranks)
     if ranks.size > 1:
         text = start.model.config.get_text_config()
-        check_heads(ranks.layout, getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        check_heads(ranks.layout, heads, start.moe.experts if start.moe else None)
         settle(start.model)
     start.model.train()
     check_fits(start.model, start.tokenizer, config.sequence_length)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from upcycle.checkpoint import hash_files
+from upcycle.checkpoint import hash_files, open_reader
 from upcycle.checkpoint.renames import check_renames
 from upcycle.data.corpus import Corpus, build_corpus
 from upcycle.data.order import order_hash
@@ -20,6 +20,7 @@ from upcycle.tracking.claim import claimed
 from upcycle.tracking.record import CHECKPOINTS, MODEL, Record, Spectator
 from upcycle.tracking.rows import keep_columns
 from upcycle.tracking.schema import SCHEMA_VERSION
+from upcycle.tracking.status import FAILED, FINISHED, RUNNING
 from upcycle.tracking.wandb_training import TrainingMirror
 from upcycle.train.checkpoints import LAST, steps_done
 from upcycle.train.equip import equip
@@ -107,10 +108,10 @@ def train(config: TrainConfig, *, on_start: Callable[[Run], Sequence[Callback]])
                 with shared_failure(run.ranks):
                     status = fit(run, [*callbacks, Mirroring(mirror.update)])
             except BaseException as error:
-                run.record.describe(status="failed", error=str(error))
+                run.record.describe(status=FAILED, error=str(error))
                 raise
             run.record.describe(status=status, summary=run.record.last)
-        if status == "finished":
+        if status == FINISHED:
             keep_columns(run.record.directory)
     return run
 
@@ -122,7 +123,7 @@ def _describe(run: Run) -> None:
     run.start.tokenizer.save_pretrained(directory)
     run.record.describe(
         schema=SCHEMA_VERSION,
-        status="running",
+        status=RUNNING,
         config=asdict(run.config),
         **surroundings(),
         steps=run.steps,
@@ -132,7 +133,7 @@ def _describe(run: Run) -> None:
         ranks=run.shares,
         data_hash=run.corpus.hash,
         order_hash=order_hash(run.corpus.order(run.config.seed), ORDER_HASHED),
-        source_sha256=_source_sha256(run.start, run.config.model),
+        source_sha256=_source_sha256(run.start, run.config),
         manifest=run.start.manifest,
     )
 
@@ -215,9 +216,19 @@ def _module(config: TrainConfig, start: Start, equipment: Equipment, ranks: Rank
     )
 
 
-def _source_sha256(start: Start, model: str) -> dict[str, str] | None:
-    """Of the dense files whose weights training started from, by name; None where there are none."""
+def _source_sha256(start: Start, config: TrainConfig) -> dict[str, str] | None:
+    """Of the files whose weights training started from, by name; None where there are none.
+
+    What `convert` wrote has the dense model's weights, so those count, as for model=upcycle. A mixture that was trained
+    since, or whose manifest is not there, is its own source.
+    """
+    if config.model == "scratch":
+        return None
     known: dict[str, str] | None = start.manifest.get("source", {}).get("sha256")
-    if known or start.source is None or model == "scratch":
+    if known and "training" not in start.manifest:
         return known
+    if config.model == "checkpoint" and start.moe:
+        directory = expanded(str(config.source))
+        return hash_files([directory / "config.json", *open_reader(directory).files]).result()
+    assert start.source is not None
     return hash_files(start.source.files).result()

@@ -15,7 +15,7 @@ Engine = Literal["megatron", "transformers"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class Folding:
     """Attention runs TP x CP x DP x PP, experts ETP x EP x EDP x PP, over the same ranks (arXiv 2504.14960).
 
     Ranks are numbered as Megatron-Core (tp-cp-ep-dp-pp) and transformers (replicate, fsdp, tp) do: TP and ETP are

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import shlex
 import sys
@@ -108,6 +109,7 @@ def inspect(config: InspectConfig) -> int:
 
 def train(config: TrainConfig) -> int:
     """`upcycle train`: a panel that says what will run, a progress bar, and where the run is."""
+    from upcycle.distributed.ranks import leave_ranks
     from upcycle.train.display import TrainingProgress, panel, summary
     from upcycle.train.run import train as run
 
@@ -116,6 +118,7 @@ def train(config: TrainConfig) -> int:
         return [TrainingProgress(prepared)] if config.progress else []
 
     finished = run(config, on_start=on_start)
+    atexit.register(leave_ranks)  # a multirun trains on in the same group
     if finished.ranks.main:
         Console().print(summary(finished))
     return 0

@@ -116,7 +116,7 @@ def test_a_notebook_on_complete_records(name: str, records: Path, rendered: Call
         question = load_sweep(records, sweep).question
         assert any(question in each and "| hardware |" in each for each in said)
     text = "\n".join(said)
-    assert "expected outcomes" in text
+    assert "Expected outcomes: " in text
     for absent in ("not measured", NOT_RUN, "Nothing can be said yet", "**Missing.**"):
         assert absent not in text
 

@@ -92,7 +92,7 @@ def test_a_sweep_that_was_not_started_has_its_question(tmp_path: Path) -> None:
     assert sweep.saving(BASELINE, sunk_flops=0).empty
     claim = Claim(source="x", says="y", arm=HALF, baseline=BASELINE, expected="same")
     assert judge(sweep, [claim])["outcome"].tolist() == ["not measured"]
-    assert "1 not measured" in judgement(judge(sweep, [claim]))
+    assert "not measured 1." in judgement(judge(sweep, [claim]))
 
 
 def test_no_such_sweep(directory: Path, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_claims(layers: Sweep, arm: str, expected: Expected, outcome: str) -> No
     row = layers.compare(BASELINE).set_index("arm").loc[arm]
     assert judged["percent"].tolist() == [row["percent"]]
     said = judgement(judged)
-    assert f"1 {outcome}" in said
+    assert f"{outcome} 1." in said
     assert f"val/loss {row['verdict']}: {row['percent']:+.2f} %" in said
 
 

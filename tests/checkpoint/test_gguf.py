@@ -7,12 +7,18 @@ import logging
 
 import pytest
 import torch
+import training
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import HEADS, HIDDEN, KV_HEADS, LAYERS, TEMPLATE, shapes, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from upcycle.checkpoint import gguf_config, open_reader, write_gguf_tokenizer
-from upcycle.errors import SourceError
+from upcycle.distributed.layout import Layout
+from upcycle.distributed.ranks import Ranks
+from upcycle.errors import ConfigError, SourceError
+from upcycle.train.models import start_model
+
+pytest_plugins = ("text_model",)
 
 
 def loaded(path):
@@ -133,3 +139,10 @@ def test_a_file_that_is_something_else(tmp_path):
 def test_an_unknown_architecture(tmp_path):
     with pytest.raises(SourceError, match="found:    rwkv6\n  expected: .*llama"):
         open_reader(write_gguf(tmp_path / "tiny.gguf", [Kind.F32], arch="rwkv6"))
+
+
+def test_ranks_that_read_slices_refuse_it(text, tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", [Kind.F32])
+    config = training.options(text, tmp_path / "run", "model=dense", f"source='{path}'")
+    with pytest.raises(ConfigError, match=r"only of safetensors files(.|\n)*tiny\.gguf"):
+        start_model(config, Ranks(layout=Layout(fsdp=2)))

@@ -25,6 +25,7 @@ def refusing(before: Path, after: Path) -> Path:
 
 def test_a_posix_file_system_will_do(tmp_path: Path) -> None:
     check_renames(tmp_path / "runs" / "output")
+    check_renames(tmp_path / "runs" / "output", links=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -36,3 +37,29 @@ def test_others_are_refused(rename: object, found: str, tmp_path: Path, monkeypa
     assert f"found:    {found}" in str(refused.value)
     assert str(tmp_path) in str(refused.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def no_links(self: Path, target: object) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted", str(target), None, str(self))
+
+
+def test_so_are_those_without_links_where_they_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "symlink_to", no_links)
+    check_renames(tmp_path / "output")
+    with pytest.raises(OutputError, match=r"cannot replace a link in one step\n.*Operation not permitted"):
+        check_renames(tmp_path / "output", links=True)
+
+
+def test_so_are_those_that_rename_what_a_link_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def following(before: Path, after: Path) -> Path:
+        """What a file system does that knows names of links, but not their targets."""
+        if not after.is_symlink():
+            return rename(before, after)
+        before.unlink()
+        return after
+
+    monkeypatch.setattr(Path, "rename", following)
+    with pytest.raises(OutputError, match="found: +a link to after"):
+        check_renames(tmp_path / "output", links=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+SOON = 60  # seconds, in which all ranks have ended when one has
 WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -27,14 +29,44 @@ def torchrun(ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
     """Start a program on every rank."""
     return subprocess.run(
         ["torchrun", "--standalone", f"--nproc-per-node={ranks}", *command],
-        env={**environment(), "PYTHONPATH": str(WORKER.parent.parent.parent)},
+        env=environment(),
         capture_output=True,
         text=True,
         check=False,
     )
 
 
+def srun(ranks: int, *command: str) -> list[subprocess.CompletedProcess[str]]:
+    """Start a program on every rank as a plain srun does: rank 0 keeps the store, and nobody ends the other ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = {"SLURM_JOB_NAME": "train", "SLURM_NTASKS": ranks, "SLURM_NTASKS_PER_NODE": ranks, "SLURM_NNODES": 1}
+    job |= {"SLURM_NODEID": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = []
+    for rank in range(ranks):
+        variables = {name: str(value) for name, value in {**job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}.items()}
+        started.append(
+            subprocess.Popen(
+                command,
+                env={**environment(), **variables},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        said = [each.communicate(timeout=SOON) for each in started]
+    finally:
+        for each in started:
+            each.kill()
+    return [
+        subprocess.CompletedProcess(command, each.returncode, *texts) for each, texts in zip(started, said, strict=True)
+    ]
+
+
 def environment() -> dict[str, str]:
     """The variables of a user whose virtual environment is active, with one thread for each rank."""
     programs = Path(sys.executable).parent
-    return {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    path = f"{programs}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent.parent)}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,18 +18,35 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent.parent
 LINES = [line for line in commands((ROOT / "docs/scaling.md").read_text()) if not line.startswith("upcycle plan ")]
-SHORTER = {"budget.tokens=4e6": "budget.tokens=16384 validation.windows=4 data.cache_dir=cache"}
+SHORTER = {"budget.tokens=4e6": "budget.tokens=32768 log_every=1 validation.windows=4 data.cache_dir=cache"}
+
+
+def interrupt(started: subprocess.Popen[str], run: Path) -> None:
+    """Send a training command SIGTERM after its first steps, as a scheduler does."""
+    metrics = run / "metrics.jsonl"
+    while started.poll() is None and not (metrics.exists() and '"train/loss"' in metrics.read_text()):
+        time.sleep(0.05)
+    started.send_signal(signal.SIGTERM)
 
 
 def test_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").symlink_to(ROOT / "models")
     assert [shlex.split(line)[0] for line in LINES] == ["torchrun", "torchrun", "upcycle", "upcycle", "upcycle"]
-    for line in LINES:
+    for number, line in enumerate(LINES):
         for given, replacement in SHORTER.items():
             line = line.replace(given, replacement)
-        ended = subprocess.run(shlex.split(line), env=environment(), capture_output=True, text=True, check=False)
-        assert ended.returncode == 0, f"{line}\n{ended.stdout}\n{ended.stderr}"
+        started = subprocess.Popen(
+            shlex.split(line), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        if number == 0:
+            interrupt(started, tmp_path / "runs/ep")
+        said = "".join(started.communicate())
+        if number == 0:
+            assert json.loads((tmp_path / "runs/ep/run.json").read_text())["status"] == "interrupted", said
+            continue
+        assert started.returncode == 0, f"{line}\n{said}"
+        assert number != 1 or "after step" in said
     record = json.loads((tmp_path / "runs/ep/run.json").read_text())
     assert record["status"] == "finished"
     assert len(record["ranks"]) == 2

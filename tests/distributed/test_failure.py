@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
+import sys
 import time
 from typing import TYPE_CHECKING
 
-import models
 import pytest
 import training
-from launching import WORKER, on_ranks, torchrun
+from cli import command
+from launching import SOON, WORKER, on_ranks, srun, torchrun
+from safetensors.torch import load_file, save_file
 from test_parity import difference, job
+from torch.distributed import HashStore
+
+from upcycle.distributed import failure
+from upcycle.distributed.ranks import Ranks
+from upcycle.errors import SourceError
+from upcycle.parallel.rank_layout import RankLayout
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 pytest_plugins = ("text_model",)
 LAYOUT = "fsdp2 x ep2"
-SOON = 60  # seconds
 
 
 @pytest.mark.parametrize(("way", "said"), [("raise", "rank 1: out of luck"), ("kill", "another rank was killed")])
@@ -37,6 +46,48 @@ def test_others_stop_and_the_run_goes_on(way: str, said: str, text_model: Path, 
     assert difference(broken, whole) == (0.0, 0.0)
 
 
+def test_a_rank_that_cannot_read_its_slices_ends_the_others(text_model: Path, text: Path, tmp_path: Path) -> None:
+    """Before training, and where nothing but the broken connection tells the others."""
+    source = shutil.copytree(text_model, tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.mlp.gate_proj.weight"][-1] = float("nan")  # of the last expert
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    given = ("model=upcycle", f"source={source}", f"output={tmp_path / 'run'}", "parallel=ep", "moe.expansion=1")
+    given = (*given, "moe.granularity=2", "moe.top_k=2", *training.overrides(text))
+    first, second = srun(2, *command("train", *given))
+    assert second.returncode == first.returncode == 1
+    found = "NaN or infinity in model.layers.1.mlp.gate_proj.weight"
+    assert f"upcycle: {found}" in second.stderr
+    assert f"upcycle: another rank failed\n  found:    rank 1: {found}" in first.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_rank_0_is_lost_with_the_store(text_model: Path, text: Path, tmp_path: Path) -> None:
+    file = tmp_path / "jobs.json"
+    dying = {"rank": 0, "step": 2, "way": "kill", "noted": str(tmp_path / "died")}
+    file.write_text(json.dumps([job("qwen2_moe", LAYOUT, text_model, text, tmp_path / "run", dies=dying)]))
+    first, second = srun(2, sys.executable, str(WORKER), str(file))
+    assert first.returncode == -signal.SIGKILL
+    assert "OtherRankError: rank 0 is gone" in second.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("NCCL error: unhandled cuda error"), None),
+        (RuntimeError("NCCL error in: remote process exited or there was a network error"), "another rank was killed"),
+        (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1"), "another rank was killed"),
+    ],
+)
+def test_an_error_of_its_own_is_shared(error: RuntimeError, said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = HashStore()
+    monkeypatch.setattr(failure, "_get_default_store", lambda: store)
+    raised = pytest.raises(failure.OtherRankError if said else SourceError, match=said or "cannot be loaded")
+    with raised, failure.shared_failure(Ranks(layout=RankLayout(fsdp=2))):
+        raise SourceError("cannot be loaded") from error
+    assert store.check([failure.FAILED]) == (said is None)
+
+
 def test_ranks_of_different_versions_are_refused(text_model: Path, text: Path, tmp_path: Path) -> None:
     file = tmp_path / "jobs.json"
     old = {"rank": 1, "package": "transformers", "version": "5.0.0"}
@@ -45,18 +96,6 @@ def test_ranks_of_different_versions_are_refused(text_model: Path, text: Path, t
     assert ended.returncode != 0
     assert "the ranks run different versions" in ended.stderr
     assert "on rank 0, 5.0.0 on rank 1" in ended.stderr
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_family_without_a_plan_is_refused(text_model: Path, text: Path, tmp_path: Path) -> None:
-    gpt2 = models.save(models.build("gpt2", vocab_size=300), tmp_path / "gpt2")
-    for file in text_model.glob("tokenizer*"):
-        (gpt2 / file.name).write_bytes(file.read_bytes())
-    given = ("model=upcycle", f"source={gpt2}", f"output={tmp_path / 'run'}", "parallel=tp_ep", "moe.granularity=1")
-    ended = torchrun(2, "--no-python", "upcycle", "train", *given, "moe.top_k=1", *training.overrides(text))
-    assert ended.returncode != 0
-    assert "upcycle: the model cannot be laid out over the ranks like this" in ended.stderr
-    assert "tp_plan" in ended.stderr
     assert not (tmp_path / "run").exists()
 
 

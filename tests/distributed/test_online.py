@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+import models
 import pytest
 import torch
 import training
@@ -38,21 +39,41 @@ CASES = {
     "upcycled_moe": (*MOE, "target=upcycled_moe", "moe.shared_experts=1"),
     "drop": (*MOE, "init=drop"),
     "noise": (*MOE, "init=noise"),
+    "qwen3_moe": (*MOE, "moe.router_order=topk_softmax"),
+    "granitemoeshared": (*MOE, "target=granitemoeshared", "moe.router_order=topk_softmax", "moe.shared_experts=2"),
+    "flex_olmo": MOE,
+    "tied": (*MOE, "target=mixtral", "moe.router_order=topk_softmax"),
 }
+SOURCES = {"qwen3_moe": "qwen3", "flex_olmo": "olmo2", "tied": "llama_tied"}  # where it is not the Llama
+FEW = ("fsdp2 x ep2", "fsdp2 x tp2 x ep4")  # for the last four
+COMBINED = [(case, layout) for i, case in enumerate(CASES) for layout in (LAYOUTS if i < 5 else FEW)]
+
+
+@pytest.fixture(scope="session")
+def sources(text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The dense model of every case."""
+    place = tmp_path_factory.mktemp("dense")
+    made = dict.fromkeys(CASES, text_model)
+    for case, name in SOURCES.items():
+        made[case] = models.save(models.build(name, vocab_size=300), place / name)
+        for file in text_model.glob("tokenizer*"):
+            (made[case] / file.name).write_bytes(file.read_bytes())
+    return made
 
 
 @pytest.fixture(scope="session")
 def loaded(
-    text_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
+    sources: dict[str, Path], text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], tuple[TrainConfig, Path]]:
     """The options and the gathered model of every case in every layout."""
     place = tmp_path_factory.mktemp("online")
     made = {}
     for ranks in (2, 4):
         jobs: list[dict[str, Any]] = []
-        for layout, (size, overrides) in LAYOUTS.items():
-            for case, moe in CASES.items() if size == ranks else ():
-                given = ("model=upcycle", f"source='{text_model}'", *moe, *overrides)
+        for case, layout in COMBINED:
+            size, overrides = LAYOUTS[layout]
+            if size == ranks:
+                given = ("model=upcycle", f"source='{sources[case]}'", *CASES[case], *overrides)
                 config, file = training.options(text, place / "none", *given), place / f"{case}-{layout}.pt"
                 jobs.append({"do": "start", "options": asdict(config), "file": str(file)})
                 made[case, layout] = (config, file)
@@ -66,8 +87,7 @@ def written(config: TrainConfig, directory: Path) -> dict[str, Tensor]:
     return {name: value for name, value in load_checkpoint(output).state_dict().items() if value.numel()}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "layout"), COMBINED)
 def test_as_converted_and_loaded(case: str, layout: str, loaded: dict[Any, Any], tmp_path: Path) -> None:
     config, file = loaded[case, layout]
     expected, found = written(config, tmp_path), torch.load(file, weights_only=True)
@@ -75,10 +95,10 @@ def test_as_converted_and_loaded(case: str, layout: str, loaded: dict[Any, Any],
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_rank_reads_what_it_holds(layout: str, loaded: dict[Any, Any]) -> None:
+@pytest.mark.parametrize(("case", "layout"), COMBINED)
+def test_a_rank_reads_what_it_holds(case: str, layout: str, loaded: dict[Any, Any]) -> None:
     """float32 values of the source, each once: what a rank holds, without routers and gates, which are drawn."""
-    _, file = loaded["qwen2_moe", layout]
+    _, file = loaded[case, layout]
     whole = sum(value.numel() for value in torch.load(file, weights_only=True).values())
     for rank in json.loads(file.with_suffix(".json").read_text()):
         assert rank["bytes_read"] <= 4 * rank["elements"]

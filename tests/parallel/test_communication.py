@@ -84,7 +84,7 @@ def test_transformers_gathers_weights_for_every_pass():
     step = Step(sizes=STEP.sizes, layout=layout, workload=workload(32))
     found = sent(step)
     experts = 56 * 8 * 3 * HIDDEN * 16384 / 4 / 2
-    assert found["all-gather", "expert weights"] == 4 * 2 * 2 * experts
+    assert found["all-gather", "expert weights"] == 4 * 2 * 4 * experts
     assert found["reduce-scatter", "expert gradients"] == 4 * 4 * experts
     assert not any("replicas" in purpose for _, purpose in found)
 

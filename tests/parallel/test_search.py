@@ -72,7 +72,7 @@ def test_what_is_given_is_kept():
 def test_layouts_of_transformers():
     asked = ParallelConfig(fsdp=None, tp=1, ep=None, replicate=2)
     sizes = MODELS["Llama 3 8B E8T2"]
-    found = search(request(parallel=asked, sizes=sizes, nodes=2, gpu=gpu("b200")))
+    found = search(request(parallel=asked, sizes=sizes, nodes=2, gpu=replace(H100, memory=1e12)))
     assert {each.step.layout.ep for each in found} == {1, 2, 4, 8}
     assert {each.step.layout.dp for each in found} == {16}
 

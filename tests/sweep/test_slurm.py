@@ -158,6 +158,24 @@ def test_the_launcher_has_to_start_the_ranks(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["parallel=ep", "hydra.launcher.tasks_per_node=8", "batch.sequences=16"], "more ranks than experts"),
+        (["parallel.fsdp=3"], "no layout of these options has that many ranks"),
+        (["batch.sequences=4", "batch.micro=4"], "batch.micro does not divide batch.sequences for 2 ranks"),
+        (["parallel=folding"], "which upcycle train does not run"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_said_before_anything_is_submitted(
+    given: list[str], said: str, sweep: list[str], upcycle: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    for start in (["train", "-m"], ["plan-sweep"]):
+        ended = upcycle(*start, *sweep[2:], f"output={tmp_path / 'runs'}", *TWO_NODES, *given)
+        ended.refused("2 of 2 arms are not valid", said)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_torchrun_does_not_start_a_sweep(
     sweep: list[str], upcycle: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from models import token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from upcycle.config import InspectConfig
-from upcycle.errors import ConfigError, OutputError, SourceError
+from upcycle.errors import ConfigError, OutputError, RecordError, SourceError
 from upcycle.inspection import inspect, inspection_table
 from upcycle.train.config import ExportConfig
 from upcycle.train.export import export
@@ -138,6 +138,10 @@ def test_what_the_type_cannot_store_is_refused_by_name(
 def test_outputs_and_runs_that_cannot_be(text: Path, text_model: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="there is no run"):
         export(request(tmp_path / "nothing", tmp_path / "out"))
+    (tmp_path / "alien").mkdir()
+    (tmp_path / "alien/run.json").write_text('{"lr": 1}')
+    with pytest.raises(RecordError, match="not a training run of upcycle"):
+        export(request(tmp_path / "alien", tmp_path / "out"))
     run = tmp_path / "run"
     training.run(training.options(text, run, f"source='{text_model}'", "model=dense", "data.held_out=0"))
     with pytest.raises(SourceError, match="no such checkpoint"):

@@ -87,8 +87,8 @@ def judgement(judged: pd.DataFrame) -> Markdown:
         for each in judged.to_dict("records")
     ]
     counts = Counter(judged["outcome"])
-    summary = ", ".join(f"{counts[outcome]} {outcome}" for outcome in _OUTCOMES if counts[outcome])
-    return Markdown(f"Of {len(judged)} expected outcomes: {summary}.\n\n{table(head, rows)}")
+    summary = ", ".join(f"{outcome} {counts[outcome]}" for outcome in _OUTCOMES if counts[outcome])
+    return Markdown(f"Expected outcomes: {len(judged)}; {summary}.\n\n{table(head, rows)}")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -42,7 +42,7 @@ def dashboard(composed: DictConfig) -> int:
     """
     name = sweep_name()
     given = [each for each in HydraConfig.get().overrides.task if each.partition("=")[0] not in OWN]
-    plan = plan_sweep(composed, name=name, overrides=given, output=Path(), execute=False)
+    plan = plan_sweep(composed, name=name, overrides=given, output=Path(), ranks=None, execute=False)
     configs = [typed_options(TrainConfig, compose(COMMAND, [*given, *arm.overrides, "output=''"])) for arm in plan.arms]
     workspace = build_workspace(
         plan.name,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from torch.distributed import DistError, DistNetworkError
 from torch.distributed.distributed_c10d import _get_default_store
 
 from upcycle.errors import TrainingError
@@ -12,12 +13,25 @@ from upcycle.errors import TrainingError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from torch._C._distributed_c10d import Store
+
     from upcycle.distributed.ranks import Ranks
 
 FAILED = "upcycle/failed"
-GO_ON = "the last checkpoint is whole: go on from it with resume=auto"
+GO_ON = "the last checkpoint, if there is one, is whole: go on from it with resume=auto"
 # How gloo and NCCL say that the other end of a connection is gone.
-GONE = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process exited", "NCCL")
+GONE = (
+    "closed by peer",
+    "reset by peer",
+    "Broken pipe",
+    "Connection refused",
+    "ncclRemoteError",
+    "remote process exit",
+)
+
+
+class OtherRankError(TrainingError):
+    """This rank ends because another one did."""
 
 
 @contextmanager
@@ -25,7 +39,7 @@ def shared_failure(ranks: Ranks) -> Iterator[None]:
     """Leave word when this rank fails; when another did, end with its error instead of a broken connection.
 
     Raises:
-        TrainingError: another rank failed, or was killed.
+        OtherRankError: another rank failed, or was killed.
     """
     if ranks.size == 1:
         yield
@@ -33,16 +47,41 @@ def shared_failure(ranks: Ranks) -> Iterator[None]:
     store = _get_default_store()
     try:
         yield
-    except BaseException as error:
-        broken = isinstance(error, RuntimeError) and any(each in str(error) for each in GONE)
-        if broken and store.check([FAILED]):
-            raise TrainingError("another rank failed", found=store.get(FAILED).decode(), remedy=GO_ON) from error
-        if broken:
-            raise TrainingError(
-                "another rank was killed",
-                found=str(error).splitlines()[0],
-                expected=f"{ranks.size} ranks",
-                remedy=GO_ON,
-            ) from error
-        store.set(FAILED, f"rank {ranks.rank}: {str(error) or type(error).__name__}")
+    except OtherRankError:
         raise
+    except BaseException as error:
+        gone = _broken_connection(error)
+        if gone:
+            raise _told(store, ranks, gone) from error
+        with suppress(DistError):  # rank 0 is gone too, and the store with it
+            store.compare_set(FAILED, "", f"rank {ranks.rank}: {str(error) or type(error).__name__}")
+        raise
+
+
+def _broken_connection(error: BaseException) -> str | None:
+    """How an error, or one that it comes from, says that another rank is gone; None if it does not."""
+    cause: BaseException | None = error
+    while cause:
+        if isinstance(cause, DistNetworkError):
+            return str(cause)
+        if isinstance(cause, RuntimeError) and any(each in str(cause) for each in GONE):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _told(store: Store, ranks: Ranks, gone: str) -> OtherRankError:
+    try:
+        word = store.get(FAILED).decode() if store.check([FAILED]) else None
+    except DistError:
+        return OtherRankError(
+            "rank 0 is gone",
+            found=gone.splitlines()[0],
+            expected=f"{ranks.size} ranks",
+            remedy=f"see what it said; {GO_ON}",
+        )
+    if word:
+        return OtherRankError("another rank failed", found=word, remedy=GO_ON)
+    return OtherRankError(
+        "another rank was killed", found=gone.splitlines()[0], expected=f"{ranks.size} ranks", remedy=GO_ON
+    )

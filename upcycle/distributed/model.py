@@ -6,14 +6,15 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
 from upcycle.errors import ConfigError, UpcycleError
 from upcycle.kernels.select import experts_modules
 from upcycle.quiet import only_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from torch import nn
 
     from upcycle.parallel.rank_layout import RankLayout
 
@@ -53,6 +54,24 @@ def laid_out(layout: RankLayout) -> Iterator[dict[str, Any]]:
             found=f"{layout}: {' '.join(str(error).split())}",
             remedy="choose another layout, such as parallel=fsdp",
         ) from error
+
+
+def check_units(model: nn.Module) -> None:
+    """Check that FSDP gathers a model layer by layer.
+
+    transformers' default plan goes by names. In a family with other names it matches nothing, and all but the experts
+    would be one unit, which every rank gathers whole.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    layers = next(each for each in model.modules() if isinstance(each, nn.ModuleList))
+    if not all(isinstance(layer, FSDPModule) for layer in layers):
+        raise ConfigError(
+            "transformers has no plan that gathers this family layer by layer: every rank would hold the whole model",
+            found=type(model).__name__,
+            remedy="train it in one process, or take a model of another family",
+        )
 
 
 def settle(model: nn.Module) -> None:

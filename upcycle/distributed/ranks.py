@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from upcycle.parallel.config import ParallelConfig
 
 PACKAGES = ("upcycle", "torch", "lightning", "transformers")
-# Rank 0 reads, writes and converts alone while the others wait.
+# Rank 0 hashes the source, tokenizes the text and writes the record while the others wait.
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -88,12 +88,12 @@ class Ranks:
 ALONE = Ranks()
 
 
-def join_ranks(config: ParallelConfig | FoldingConfig | None, device: torch.device) -> Ranks:
-    """Join the processes that torchrun or SLURM started.
+def layout_of(config: ParallelConfig | FoldingConfig | None, started: int) -> RankLayout:
+    """What so many processes are to each other.
 
     Args:
         config: `parallel`; None is for one process.
-        device: cpu or cuda.
+        started: processes.
 
     Raises:
         ConfigError: several processes without a layout, or a layout that does not have that many ranks.
@@ -105,8 +105,6 @@ def join_ranks(config: ParallelConfig | FoldingConfig | None, device: torch.devi
             expected="fsdp, ep, tp_ep or hsdp_ep",
             remedy="plan with it, and train with Megatron-Bridge",
         )
-    environment = _environment()
-    started = environment.world_size() if environment else 1
     if config is None:
         if started > 1:
             raise ConfigError(
@@ -114,15 +112,32 @@ def join_ranks(config: ParallelConfig | FoldingConfig | None, device: torch.devi
                 found=f"{started} processes, parallel=null",
                 remedy="choose a layout, such as parallel=fsdp or parallel=ep, or start one process",
             )
-        return ALONE
+        return RankLayout()
     layout = resolve(config, started)
-    if started == 1 or environment is None:
+    if started == 1:
         raise ConfigError(
             "a layout is for several processes",
             found="one process",
             expected="torchrun or srun",
             remedy="torchrun --nproc-per-node=4 --no-python upcycle train ..., or leave parallel out",
         )
+    return layout
+
+
+def join_ranks(config: ParallelConfig | FoldingConfig | None, device: torch.device) -> Ranks:
+    """Join the processes that torchrun or SLURM started.
+
+    Args:
+        config: `parallel`; None is for one process.
+        device: cpu or cuda.
+
+    Raises:
+        ConfigError: as for `layout_of`, or the processes run different versions.
+    """
+    environment = _environment()
+    layout = layout_of(config, environment.world_size() if environment else 1)
+    if environment is None or layout.ranks == 1:
+        return ALONE
     if not distributed.is_initialized():
         _initialise(environment, device)
     ranks = Ranks(rank=environment.global_rank(), layout=layout, environment=environment)
@@ -130,6 +145,12 @@ def join_ranks(config: ParallelConfig | FoldingConfig | None, device: torch.devi
     if not ranks.main:
         logging.getLogger("upcycle").setLevel(logging.WARNING)  # rank 0 says what is the same on all
     return ranks
+
+
+def leave_ranks() -> None:
+    """End the process group, where there is one, after all that it was for."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _check_versions(ranks: Ranks) -> None:

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -27,14 +24,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from upcycle.files import DRAFT_SUFFIX, output_errors, replacing, sync_directory
+from upcycle.distributed.shards import MODEL, OPTIMIZER, REST, read_rest, reading, writing
+from upcycle.files import DRAFT_SUFFIX, replacing, sync_directory
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from upcycle.parallel.rank_layout import RankLayout
 
-MODEL, OPTIMIZER, REST = "state_dict", "optimizer", "rest.pt"
 # By the parameters' names, so that the state fits another number of ranks, whose groups of parameters are others.
 BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -70,13 +67,10 @@ class ShardedStrategy(ModelParallelStrategy):
             OutputError: the files cannot be written; the old checkpoint is intact.
         """
         path = Path(filepath)
-        target = path.with_name(f"{path.name}.{checkpoint['global_step']}")
         state = {MODEL: checkpoint.pop("state_dict"), OPTIMIZER: checkpoint.pop("optimizer_states")[0]}
-        with output_errors(path):
-            if self.is_global_zero:
-                shutil.rmtree(target, ignore_errors=True)
-                target.mkdir()
-            self.barrier()
+        with writing(path):
+            name = _made(path, checkpoint["global_step"]) if self.is_global_zero else ""
+            target = path.with_name(self.broadcast(name))
             save(state, checkpoint_id=target)
             if self.is_global_zero:
                 with replacing(target / REST) as descriptor, os.fdopen(os.dup(descriptor), "wb") as stream:
@@ -86,16 +80,33 @@ class ShardedStrategy(ModelParallelStrategy):
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load model and optimizer, whatever the layout that wrote them; return the rest."""
+        """Load model and optimizer, whatever the layout that wrote them; return the rest.
+
+        Raises:
+            SourceError: it is damaged.
+        """
         assert self.model is not None
         path, model, optimizer = Path(checkpoint_path), self.model, self.optimizers[0]
-        weights = {MODEL: get_model_state_dict(model)}
-        load(weights, checkpoint_id=path)
-        set_model_state_dict(model, weights[MODEL])
-        state = {OPTIMIZER: get_optimizer_state_dict(model, optimizer, options=BY_NAME)}
-        load(state, checkpoint_id=path)
-        set_optimizer_state_dict(model, optimizer, state[OPTIMIZER], options=BY_NAME)
-        return read_rest(path)
+        with reading(path):
+            weights = {MODEL: get_model_state_dict(model)}
+            load(weights, checkpoint_id=path)
+            set_model_state_dict(model, weights[MODEL])
+            state = {OPTIMIZER: get_optimizer_state_dict(model, optimizer, options=BY_NAME)}
+            load(state, checkpoint_id=path)
+            set_optimizer_state_dict(model, optimizer, state[OPTIMIZER], options=BY_NAME)
+            return read_rest(path)
+
+
+def _made(path: Path, step: int) -> str:
+    """Delete the directories of saves that were cut off, and return the name of a new one."""
+    name, linked = f"{path.name}.{step}", path.resolve()
+    for each in path.parent.glob(f"{path.name}.*"):
+        if each.is_dir() and each.resolve() != linked:
+            shutil.rmtree(each, ignore_errors=True)
+    if path.with_name(name) == linked:
+        name += "-again"
+    path.with_name(name).mkdir()
+    return name
 
 
 def _link(path: Path, target: Path) -> None:
@@ -108,23 +119,3 @@ def _link(path: Path, target: Path) -> None:
     sync_directory(path.parent)
     if before != target.resolve():
         shutil.rmtree(before, ignore_errors=True)
-
-
-def read_rest(path: Path) -> dict[str, Any]:
-    """What a sharded checkpoint holds besides model and optimizer."""
-    content: dict[str, Any] = torch.load(path / REST, map_location="cpu", weights_only=True)
-    return content
-
-
-def read_sharded(path: Path) -> dict[str, Any]:
-    """The whole model of a sharded checkpoint, in this process's memory, as `state_dict`; and the rest."""
-    stored = FileSystemReader(path).read_metadata().state_dict_metadata
-    weights = {
-        name.removeprefix(f"{MODEL}."): torch.empty(tensor.size, dtype=tensor.properties.dtype)
-        for name, tensor in stored.items()
-        if name.startswith(f"{MODEL}.") and isinstance(tensor, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        load({MODEL: weights}, checkpoint_id=path, no_dist=True)
-    return {MODEL: weights, **read_rest(path)}

@@ -26,7 +26,7 @@ from upcycle.parallel.gpu import checked_gpu
 from upcycle.parallel.sizes import checkpoint_sizes
 from upcycle.prepare import check_apart
 from upcycle.source import expanded
-from upcycle.tracking.record import MODEL, read_run
+from upcycle.tracking.record import MODEL, read_own_run
 from upcycle.train.config import ExportConfig, RecipeConfig, TrainConfig
 from upcycle.train.export import export, exported_config
 from upcycle.train.schedule import check_schedule
@@ -55,7 +55,7 @@ def export_recipe(config: ExportConfig) -> Path:
 
 
 def _from_run(config: ExportConfig, directory: Path) -> Path:
-    run = read_run(directory)
+    run = read_own_run(directory)
     trained = TypeAdapter(TrainConfig).validate_python(run["config"])
     check_type(read_config(directory / MODEL).get("model_type"))
     check_tokenizer(directory / MODEL)

@@ -112,7 +112,7 @@ def _pipeline(step: Step) -> Iterator[Traffic]:
 
 
 def _states(step: Step) -> Iterator[Traffic]:
-    """Weights in bfloat16 and gradients in float32, between the ranks that shard the states."""
+    """Weights and gradients, between the ranks that shard the states: float32, but Megatron's weights bfloat16."""
     layout = step.layout
     for of, experts, group in (("expert", True, layout.expert_shards), ("other", False, layout.shards)):
         weights = [each for each in step.stage_weights() if (each[0].kind == "expert") == experts]
@@ -123,7 +123,7 @@ def _states(step: Step) -> Iterator[Traffic]:
             yield from _both(names[0], BF16 * share, names[1], FP32 * share, group, "micro_batch")
         else:
             every = step.micro_batches  # and gathered for its forward and its backward pass
-            yield from _both(names[0], 2 * every * BF16 * share, names[1], every * FP32 * share, group, "step")
+            yield from _both(names[0], 2 * every * FP32 * share, names[1], every * FP32 * share, group, "step")
             replicas, summed = layout.replicas, f"{names[1]}, replicas"
             reduced = every * FP32 * whole / group.size * (replicas.size - 1) / replicas.size
             yield from _both(summed, reduced, summed, reduced, replicas, "step")

@@ -26,7 +26,7 @@ class Memory:
 
     Attributes:
         weights: Megatron: those of the stage, in bfloat16; transformers: a shard, in float32.
-        gathered: transformers: two layers in bfloat16, one in use and one on its way, and a layer's gradients.
+        gathered: transformers: two layers in float32, one in use and one on its way, and a layer's gradients.
         gradients: in float32.
         optimizer: AdamW's states, and Megatron's float32 weights.
         activations: what the forward pass keeps for the backward pass.
@@ -64,7 +64,7 @@ def memory(step: Step) -> Memory:
     of_a_layer = sum(math.prod(layout.split(weight)) for weight in layer(step.sizes, moe=True))
     return Memory(
         weights=FP32 * shard,
-        gathered=3 * BF16 * of_a_layer,
+        gathered=3 * FP32 * of_a_layer,
         gradients=FP32 * shard,
         optimizer=ADAM * shard,
         activations=activations,

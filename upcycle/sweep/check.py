@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from upcycle.distributed.ranks import layout_of
 from upcycle.quiet import only_warnings
 from upcycle.source import open_source
 from upcycle.train.equip import equip
-from upcycle.train.models import start_model
-from upcycle.train.run import check_options
+from upcycle.train.models import check_layout, start_model
+from upcycle.train.run import check_batch, check_options
 
 if TYPE_CHECKING:
     from upcycle.train.config import TrainConfig
@@ -41,23 +42,29 @@ class Estimate:
     disk: int
 
 
-def estimate(config: TrainConfig, *, execute: bool) -> Estimate:
+def estimate(config: TrainConfig, *, ranks: int | None, execute: bool) -> Estimate:
     """Check a run as its start would, and count.
 
     Args:
         config: the options.
+        ranks: processes that will train it together; None checks no layout.
         execute: whether it will run: the source's weights must be there.
 
     Raises:
         UpcycleError: anything wrong with the request or the source.
     """
     check_options(config)
+    layout = layout_of(config.parallel, ranks) if ranks else None
+    if layout:
+        check_batch(config, layout.data)
     config.data.sources()
     if execute and config.source is not None and config.model != "scratch":
         open_source(config.source)
     with only_warnings("upcycle"), torch.device("meta"):  # each run will log its reasons for its kernel
         start = start_model(_random(config))
         equipment = equip(start, config)
+    if layout:
+        check_layout(start, layout)
     parameters = sum(parameter.numel() for parameter in start.model.parameters())
     return Estimate(
         model=" ".join([start.model.config.model_type, *([start.moe.name] if start.moe else [])]),

@@ -15,7 +15,7 @@ from upcycle.source import expanded
 from upcycle.sweep.agent import agent_config
 from upcycle.sweep.plan import SweepPlan, plan_sweep
 from upcycle.sweep.render import endings_table, plan_table, unfinished
-from upcycle.sweep.run import endings, run_sweep
+from upcycle.sweep.run import endings, ranks_of_a_run, run_sweep
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -84,7 +84,9 @@ def train(composed: DictConfig) -> int:
 
 
 def _plan(composed: DictConfig, output: Path, *, execute: bool) -> SweepPlan:
-    return plan_sweep(composed, name=sweep_name(), overrides=_overrides(), output=output, execute=execute)
+    return plan_sweep(
+        composed, name=sweep_name(), overrides=_overrides(), output=output, ranks=ranks_of_a_run(), execute=execute
+    )
 
 
 def _check_output(composed: DictConfig) -> None:

@@ -90,7 +90,9 @@ class SweepPlan:
         return sum(max(0, self.estimates[job.arm].disk - _taken(job)) for job in jobs)
 
 
-def plan_sweep(composed: DictConfig, *, name: str, overrides: Sequence[str], output: Path, execute: bool) -> SweepPlan:
+def plan_sweep(
+    composed: DictConfig, *, name: str, overrides: Sequence[str], output: Path, ranks: int | None, execute: bool
+) -> SweepPlan:
     """Expand and check a sweep. Hydra has to be initialised: every arm is composed.
 
     Args:
@@ -98,6 +100,7 @@ def plan_sweep(composed: DictConfig, *, name: str, overrides: Sequence[str], out
         name: of the sweep's file.
         overrides: the command line that composed it.
         output: directory of all runs.
+        ranks: processes that train a run together; None checks no layout.
         execute: whether the sweep will run: weights of sources must be there.
 
     Returns:
@@ -114,7 +117,7 @@ def plan_sweep(composed: DictConfig, *, name: str, overrides: Sequence[str], out
     for arm in arms:
         try:
             configs[arm.name] = arm_config(arm, overrides, seed=composed.seed)
-            estimates[arm.name] = estimate(configs[arm.name], execute=execute)
+            estimates[arm.name] = estimate(configs[arm.name], ranks=ranks, execute=execute)
         except (UpcycleError, HydraException, OmegaConfBaseException, OSError) as error:
             errors[arm.name] = readable(error, COMMAND)
     if errors:

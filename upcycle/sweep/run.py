@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 
@@ -55,6 +56,26 @@ class Ending:
     error: tuple[str, ...]
 
 
+def ranks_of_a_run() -> int:
+    """Tasks that the launcher starts for each run. Only submitit's launchers start several.
+
+    Raises:
+        ConfigError: not as many as the layout of the runs is for: several with one, and one without.
+    """
+    config: Any = HydraConfig.get()
+    tasks: int = config.launcher.get("nodes", 1) * config.launcher.get("tasks_per_node", 1)
+    layout = config.runtime.choices.parallel
+    if (layout is None) != (tasks == 1) or TORCHRUN in os.environ:
+        started = "torchrun starts the sweep" if TORCHRUN in os.environ else f"its launcher starts {tasks} for each"
+        raise ConfigError(
+            "a sweep starts the ranks of its runs, as many as their layout is for",
+            found=f"parallel={layout or 'null'}, and {started}",
+            expected="several ranks with a layout, and one without",
+            remedy="hydra/launcher=slurm hydra.launcher.nodes=2 hydra.launcher.tasks_per_node=8, or submitit_local",
+        )
+    return tasks
+
+
 def run_sweep(plan: SweepPlan, *, output: Path, overrides: Sequence[str], launcher: Sequence[str]) -> None:
     """Run what has not finished. How each run ended is in its directory, whatever becomes of the launcher.
 
@@ -65,7 +86,6 @@ def run_sweep(plan: SweepPlan, *, output: Path, overrides: Sequence[str], launch
         launcher: what of it is for Hydra.
 
     Raises:
-        ConfigError: the launcher does not start the ranks of the runs.
         OutputError: the output cannot be written, or its file system has no locks, or does not rename in one step.
     """
     where = (f"hydra.sweep.dir={quoted(str(output))}", "hydra.sweep.subdir=.")
@@ -73,7 +93,6 @@ def run_sweep(plan: SweepPlan, *, output: Path, overrides: Sequence[str], launch
     config: DictConfig = hydra.compose_config(
         config_name=COMMAND, overrides=[*overrides, *launcher, *where], run_mode=RunMode.MULTIRUN
     )
-    _check_ranks(config)
     check_renames(output / "run")
     write_index(plan, output)
     waiting = plan.left
@@ -96,21 +115,6 @@ def _as_job(job: Job, number: str) -> tuple[str, ...]:
     label = quoted(f"{number}: {job.arm}, seed {job.seed}")
     where = f"output={quoted(str(job.directory))}"
     return (where, "resume=auto", "overwrite=false", "progress=false", f"+sweep.job={label}")
-
-
-def _check_ranks(config: DictConfig) -> None:
-    """A run with a layout needs several tasks, and one without needs one. Only submitit's launchers start several."""
-    chosen = config.hydra.launcher
-    tasks = chosen.get("nodes", 1) * chosen.get("tasks_per_node", 1)
-    layout = config.hydra.runtime.choices.parallel
-    if (layout is None) != (tasks == 1) or TORCHRUN in os.environ:
-        started = "torchrun starts the sweep" if TORCHRUN in os.environ else f"its launcher starts {tasks} for each"
-        raise ConfigError(
-            "a sweep starts the ranks of its runs, as many as their layout is for",
-            found=f"parallel={layout or 'null'}, and {started}",
-            expected="several ranks with a layout, and one without",
-            remedy="hydra/launcher=slurm hydra.launcher.nodes=2 hydra.launcher.tasks_per_node=8, or submitit_local",
-        )
 
 
 def _launch(jobs: list[list[str]], config: DictConfig, context: HydraContext) -> None:

@@ -157,6 +157,19 @@ def _damaged(found: str) -> SourceError:
     return SourceError("run.json is damaged", found=found, remedy="delete the run, and train it again")
 
 
+def read_own_run(directory: Path) -> dict[str, Any]:
+    """The content of run.json of a training run of this project, in this version of the schema.
+
+    Raises:
+        SourceError: it is missing or damaged.
+        RecordError: it is another project's, or of another version of the schema.
+    """
+    content = read_run(directory)
+    check_training_run(content, directory)
+    check_schema(content, directory)
+    return content
+
+
 def check_training_run(content: Mapping[str, Any], place: object) -> None:
     """Raise RecordError if a run.json, whatever its schema's version, is another project's."""
     missing = [each for each in KNOWN_BY if each not in content]

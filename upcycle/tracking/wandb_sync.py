@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import ConfigError, RecordError
 from upcycle.tracking.claim import claimed
-from upcycle.tracking.record import METRICS, RUN, Record, check_schema, check_training_run, read_run
+from upcycle.tracking.record import METRICS, RUN, Record, read_own_run, read_run
 from upcycle.tracking.wandb_mirror import Identity, artifacts, new_identity, open_mirror
 from upcycle.tracking.wandb_offline import rows_of, send_log, set_aside, unsent_logs
 
@@ -68,9 +68,7 @@ def _runs_below(place: Path) -> list[Path]:
 
 
 def _look(directory: Path) -> Synced:
-    content = read_run(directory)
-    check_training_run(content, directory)
-    check_schema(content, directory)
+    content = read_own_run(directory)
     metrics = directory / METRICS
     rows = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
     identity = content.get("wandb") or {}

@@ -1,4 +1,7 @@
-"""Checkpoints of a run: written whole or not at all, in the background, and on the way out of a signal."""
+"""Checkpoints of a run: written whole or not at all, regularly and on the way out of a signal.
+
+One process writes them in the background, several as shards (`distributed/strategy.py`).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
-from upcycle.distributed.strategy import read_rest, read_sharded
+from upcycle.distributed.shards import read_rest, read_sharded, reading
 from upcycle.errors import ConfigError, OutputError, SourceError
 from upcycle.files import replacing, write_all
 
@@ -77,16 +80,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         SourceError: it is missing or damaged.
     """
-    try:
+    with reading(path):
         if path.is_dir():
             return read_sharded(path)
+        if not path.exists():
+            raise SourceError("there is no such checkpoint", found=path, remedy="go on training with resume=auto")
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError as error:
-        raise SourceError(
-            "there is no such checkpoint", found=path, remedy="go on training with resume=auto"
-        ) from error
-    except Exception as error:  # torch.load raises what its parsers raise
-        raise SourceError("the checkpoint is damaged", found=f"{path}: {error}", remedy="use the other one") from error
     return content
 
 
@@ -94,12 +93,12 @@ def steps_done(path: Path, ranks: Ranks) -> int:
     """Optimizer steps of the run that a checkpoint is of; 0 if there is none.
 
     Raises:
-        SourceError: it is damaged.
+        SourceError: it is damaged, or its shards are gone.
         ConfigError: one process is to go on from shards, or several from one file.
     """
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return 0
-    if path.is_dir() != (ranks.size > 1):
+    if path.exists() and path.is_dir() != (ranks.size > 1):
         raise ConfigError(
             "the run was started by one process, and several are to go on"
             if path.is_file()
@@ -107,7 +106,8 @@ def steps_done(path: Path, ranks: Ranks) -> int:
             found=f"{path} is a {'file' if path.is_file() else 'directory of shards'}, parallel is {ranks.layout}",
             remedy="start it as before: any number of ranks above one can go on with the shards of any other",
         )
-    return int((read_rest(path) if path.is_dir() else read_checkpoint(path))["global_step"])
+    with reading(path):
+        return int((read_rest(path) if path.is_dir() else read_checkpoint(path))["global_step"])
 
 
 class Checkpoints(Callback):

@@ -23,7 +23,7 @@ from upcycle.moe_config import describe_config
 from upcycle.prepare import check_apart
 from upcycle.routing.export import export_fields
 from upcycle.source import expanded
-from upcycle.tracking.record import CHECKPOINTS, MODEL, NOT_COMPARED, read_run
+from upcycle.tracking.record import CHECKPOINTS, MODEL, NOT_COMPARED, read_own_run
 from upcycle.train.checkpoints import read_checkpoint
 from upcycle.train.config import ExportConfig, TrainConfig
 
@@ -46,6 +46,7 @@ def export(config: ExportConfig, *, beside: Mapping[str, str] | None = None) -> 
 
     Raises:
         SourceError: there is no run, or no checkpoint in it.
+        RecordError: the run is another project's, or of another version of the schema.
         ConfigError: the model's type cannot store how it was routed; names the option.
         OutputError: the output cannot be written, or does not load as what was trained.
     """
@@ -53,7 +54,7 @@ def export(config: ExportConfig, *, beside: Mapping[str, str] | None = None) -> 
         raise ConfigError("nothing to export", found="run=null", expected="run=DIR", remedy="add run=DIR")
     directory, output = expanded(config.run), expanded(config.output)
     check_apart(directory, output)
-    run = read_run(directory)
+    run = read_own_run(directory)
     content = read_checkpoint(directory / CHECKPOINTS / f"{config.checkpoint}.ckpt")
     trained = TypeAdapter(TrainConfig).validate_python(run["config"])
     dtype = getattr(torch, config.dtype)

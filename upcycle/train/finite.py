@@ -2,35 +2,58 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from upcycle.errors import TrainingError
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
+    from upcycle.distributed.ranks import Ranks
 
-@torch.no_grad()
-def first_not_finite(model: PreTrainedModel, inputs: dict[str, Tensor], *, loss: float, step: int) -> TrainingError:
+
+def not_finite(
+    model: PreTrainedModel, inputs: dict[str, Tensor], *, loss: float, step: int, ranks: Ranks
+) -> TrainingError:
     """Run the model again and name the first module whose output, or whose weight, is not finite.
+
+    Every rank has to call it; all get the error of the first whose loss is not finite.
 
     Args:
         model: the model.
         inputs: of the forward pass that gave the loss.
-        loss: the loss.
+        loss: the loss of this rank.
         step: number of the optimizer step, from 1.
+        ranks: the processes that train together.
     """
+    of_ranks: list[tuple[float, str | None]] = ranks.gather((loss, _first(model, inputs)))
+    rank, (loss, module) = next(each for each in enumerate(of_ranks) if not math.isfinite(each[1][0]))
+    where = "the loss itself: every module's output is finite"
+    if module:
+        weight = next(filter(None, ranks.gather(_bad_weight(model.get_submodule(module)))), None)
+        where = f"{module} (its {weight} is not finite)" if weight else module
+    return TrainingError(
+        "the loss is not finite",
+        found=f"{loss} at step {step}{f' on rank {rank}' if ranks.size > 1 else ''}, first in {where}",
+        remedy="the last checkpoint is from before: lower schedule.peak or optim.clip, then go on from it",
+    )
+
+
+@torch.no_grad()
+def _first(model: PreTrainedModel, inputs: dict[str, Tensor]) -> str | None:
+    """The first module whose output is not finite on this rank."""
     found: list[str] = []
 
     def watch(name: str) -> Any:
-        def hook(module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) else output
-            if not found and isinstance(first, torch.Tensor) and not first.isfinite().all():
-                weights = [key for key, value in module.named_parameters(recurse=False) if not value.isfinite().all()]
-                found.append(f"{name} (its {weights[0]} is not finite)" if weights else name)
+            if not found and isinstance(first, Tensor) and not _finite(first):
+                found.append(name)
 
         return hook
 
@@ -40,9 +63,14 @@ def first_not_finite(model: PreTrainedModel, inputs: dict[str, Tensor], *, loss:
     finally:
         for hook in hooks:
             hook.remove()
-    where = found[0] if found else "the loss itself: every module's output is finite"
-    return TrainingError(
-        "the loss is not finite",
-        found=f"{loss} at step {step}, first in {where}",
-        remedy="the last checkpoint is from before: lower schedule.peak or optim.clip, then go on from it",
-    )
+    return found[0] if found else None
+
+
+def _bad_weight(module: nn.Module) -> str | None:
+    """A parameter of its own of which this rank holds what is not finite."""
+    return next((name for name, value in module.named_parameters(recurse=False) if not _finite(value)), None)
+
+
+def _finite(value: Tensor) -> bool:
+    """Of what this rank holds: asking the others would wait for those that do not ask."""
+    return bool((value.to_local() if isinstance(value, DTensor) else value).isfinite().all())

@@ -40,7 +40,7 @@ class TrainingMetrics(Callback):
         apart: whose time does not count.
         every: optimizer steps between rows.
         flops_per_step: training FLOPs of an optimizer step.
-        peak_flops: FLOP/s of the device; None leaves MFU out.
+        peak_flops: FLOP/s of a rank's device; None leaves MFU out.
         routing: whether to log routing statistics.
     """
 
@@ -141,7 +141,7 @@ class TrainingMetrics(Callback):
         per_step = (now - before) / max(1, step - first)
         row: Row = {"train/step_seconds": per_step, "train/tokens_per_second": tokens_per_step / per_step}
         if self._peak_flops:
-            row["train/mfu"] = self._flops_per_step / per_step / self._peak_flops
+            row["train/mfu"] = self._flops_per_step / per_step / (self._peak_flops * self._ranks.size)
         return row
 
     def _clock(self) -> float:

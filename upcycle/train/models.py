@@ -15,7 +15,7 @@ from upcycle.checkpoint import hash_files
 from upcycle.config import ConvertConfig
 from upcycle.convert import output_config
 from upcycle.data.bytes_tokenizer import byte_tokenizer
-from upcycle.distributed.model import laid_out, settle
+from upcycle.distributed.model import check_units, laid_out, settle
 from upcycle.distributed.ranks import ALONE
 from upcycle.errors import ConfigError, did_you_mean
 from upcycle.load import (
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from upcycle.distributed.ranks import Ranks
+    from upcycle.parallel.rank_layout import RankLayout
     from upcycle.prepare import Conversion
     from upcycle.source import DenseSource
     from upcycle.train.config import TrainConfig
@@ -77,22 +78,42 @@ def start_model(config: TrainConfig, ranks: Ranks = ALONE) -> Start:
         ConfigError: options that do not go together, or with the model.
         SourceError: the source cannot be read.
     """
-    _check_options(config)
+    _check_options(config, ranks)
     arms = {"dense": _dense, "upcycle": _upcycle, "scratch": _scratch, "checkpoint": _checkpoint}
     torch.manual_seed(config.seed)
     with quietly():
         start = arms[config.model](config, ranks)
     if ranks.size > 1:
-        text = start.model.config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        check_heads(ranks.layout, heads, start.moe.experts if start.moe else None)
+        check_layout(start, ranks.layout)
+        if ranks.layout.data > 1:
+            check_units(start.model)
         settle(start.model)
     start.model.train()
     check_fits(start.model, start.tokenizer, config.sequence_length)
     return start
 
 
-def _check_options(config: TrainConfig) -> None:
+def check_layout(start: Start, layout: RankLayout) -> None:
+    """Check that ranks can share a model so.
+
+    Raises:
+        ConfigError: its heads or its experts do not go into the layout.
+    """
+    text = start.model.config.get_text_config()
+    heads, experts = getattr(text, "num_key_value_heads", None) or text.num_attention_heads, None
+    if start.moe:
+        experts = start.moe.experts
+        check_experts(layout, experts)
+    check_heads(layout, heads, experts)
+
+
+def _check_options(config: TrainConfig, ranks: Ranks) -> None:
+    if config.model == "upcycle" and config.init.scaling == "calibrated" and ranks.size > 1:
+        raise ConfigError(
+            "init.scaling=calibrated measures the dense model whole, which a rank need not be able to hold",
+            found=f"{ranks.size} ranks",
+            remedy="convert first, and train with model=checkpoint",
+        )
     if config.model != "scratch" and config.architecture is not None:
         raise ConfigError(
             "architecture is for model=scratch", found=f"model={config.model}", remedy="leave architecture out"

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from upcycle.distributed.gradients import clip_by_norm
 from upcycle.distributed.ranks import ALONE
 from upcycle.init.rng import derived_seed
-from upcycle.train.finite import first_not_finite
+from upcycle.train.finite import not_finite
 from upcycle.train.optim import adamw
 from upcycle.train.schedule import learning_rate
 
@@ -86,6 +86,20 @@ class TrainingModule(LightningModule):
         for teacher in self._teacher:
             nn.Module.to(teacher, self.device)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adapt what is of another number of ranks, or another layout, before Lightning restores it.
+
+        Lightning steps when the micro-batches that were done are a multiple of `accumulate_grad_batches`; a scheduler
+        has a rate for each group of parameters.
+        """
+        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for count in (progress["total"], progress["current"]):
+            count |= dict.fromkeys(count, done)
+        for scheduler in checkpoint["lr_schedulers"]:
+            del scheduler["base_lrs"], scheduler["_last_lr"]
+            scheduler["lr_lambdas"] = []
+
     def on_train_batch_start(self, _batch: Batch, batch_idx: int) -> int | None:
         """Leave the loop when a signal asked for it; otherwise seed the micro-batch."""
         if self.trainer.should_stop:
@@ -111,8 +125,8 @@ class TrainingModule(LightningModule):
             parts |= {"aux_loss": balance.aux, "z_loss": balance.z}
             loss = loss + balance.total
         if self.ranks.any(not torch.isfinite(loss), self.device):
-            step = self.global_step + 1
-            raise first_not_finite(self.model, model_inputs(batch), loss=float(loss.detach()), step=step)
+            inputs, step = model_inputs(batch), self.global_step + 1
+            raise not_finite(self.model, inputs, loss=float(loss.detach()), step=step, ranks=self.ranks)
         return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
 
     def configure_gradient_clipping(

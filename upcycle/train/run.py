@@ -93,19 +93,24 @@ def train(config: TrainConfig, *, on_start: Callable[[Run], Sequence[Callback]])
         UpcycleError: anything wrong with the request, the source, the data or the output; nothing was trained.
         TrainingError: the loss stopped being finite.
     """
-    run = prepare_run(config)
+    check_options(config)
+    ranks = join_ranks(config.parallel, device_of(config))
+    with shared_failure(ranks):
+        return _train(prepare_run(config, ranks), on_start)
+
+
+def _train(run: Run, on_start: Callable[[Run], Sequence[Callback]]) -> Run:
     if not run.ranks.main:
-        with shared_failure(run.ranks):
-            fit(run, [])
+        fit(run, [])
         return run
     callbacks = on_start(run)
-    mirror = TrainingMirror(run.record, config.wandb)
+    mirror = TrainingMirror(run.record, run.config.wandb)
     run.record.create()
     with claimed(run.record.directory):
         _describe(run)
         with mirror:
             try:
-                with shared_failure(run.ranks):
+                with shared_failure(run.ranks):  # for run.json
                     status = fit(run, [*callbacks, Mirroring(mirror.update)])
             except BaseException as error:
                 run.record.describe(status=FAILED, error=str(error))
@@ -138,12 +143,11 @@ def _describe(run: Run) -> None:
     )
 
 
-def prepare_run(config: TrainConfig) -> Run:
-    """Check the options, build model and data, and look at what is at the output; write nothing there."""
-    check_options(config)
-    ranks = join_ranks(config.parallel, device_of(config))
-    _check_batch(config, ranks.layout.data)
-    check_renames(expanded(config.output))  # on every rank: each may see the file system in another way
+def prepare_run(config: TrainConfig, ranks: Ranks) -> Run:
+    """Build model and data, and look at what is at the output; write nothing there."""
+    check_batch(config, ranks.layout.data)
+    # On every rank: each may see the file system in another way.
+    check_renames(expanded(config.output), links=ranks.size > 1)
     record = (Record if ranks.main else Spectator).open(expanded(config.output), config)
     start = start_model(config, ranks)
     equipment = equip(start, config)
@@ -171,7 +175,7 @@ def check_options(config: TrainConfig) -> None:
     Raises:
         ConfigError: naming the option.
     """
-    _check_batch(config, 1)
+    check_batch(config, 1)
     positive = {
         "log_every": config.log_every,
         "checkpoint_every": config.checkpoint_every,
@@ -187,7 +191,16 @@ def check_options(config: TrainConfig) -> None:
         raise ConfigError("device=cuda is not there", found="no CUDA device", remedy="set device=auto")
 
 
-def _check_batch(config: TrainConfig, data_ranks: int) -> None:
+def check_batch(config: TrainConfig, data_ranks: int) -> None:
+    """Check that a step's sequences can be shared.
+
+    Args:
+        config: the options.
+        data_ranks: ranks with different samples.
+
+    Raises:
+        ConfigError: batch.micro does not divide them.
+    """
     batch = config.batch
     micro = batch.micro_sequences(data_ranks)
     if batch.sequences < 1 or micro < 1 or batch.sequences % (micro * data_ranks):

@@ -13,9 +13,9 @@ from gguf_files import HEADS, HIDDEN, KV_HEADS, LAYERS, TEMPLATE, shapes, write_
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from upcycle.checkpoint import gguf_config, open_reader, write_gguf_tokenizer
-from upcycle.distributed.layout import Layout
 from upcycle.distributed.ranks import Ranks
 from upcycle.errors import ConfigError, SourceError
+from upcycle.parallel.rank_layout import RankLayout
 from upcycle.train.models import start_model
 
 pytest_plugins = ("text_model",)
@@ -145,4 +145,4 @@ def test_ranks_that_read_slices_refuse_it(text, tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", [Kind.F32])
     config = training.options(text, tmp_path / "run", "model=dense", f"source='{path}'")
     with pytest.raises(ConfigError, match=r"only of safetensors files(.|\n)*tiny\.gguf"):
-        start_model(config, Ranks(layout=Layout(fsdp=2)))
+        start_model(config, Ranks(layout=RankLayout(fsdp=2)))

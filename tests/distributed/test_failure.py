@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import training
@@ -16,17 +17,20 @@ from launching import SOON, WORKER, on_ranks, srun, torchrun
 from safetensors.torch import load_file, save_file
 from test_parity import difference, job
 from torch.distributed import HashStore
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
-from upcycle.distributed import failure
+from upcycle.distributed import failure, shards
 from upcycle.distributed.ranks import Ranks
 from upcycle.errors import SourceError
 from upcycle.parallel.rank_layout import RankLayout
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 pytest_plugins = ("text_model",)
 LAYOUT = "fsdp2 x ep2"
+TWO = Ranks(layout=RankLayout(fsdp=2))
 
 
 @pytest.mark.parametrize(("way", "said"), [("raise", "rank 1: out of luck"), ("kill", "another rank was killed")])
@@ -71,6 +75,15 @@ def test_rank_0_is_lost_with_the_store(text_model: Path, text: Path, tmp_path: P
     assert "OtherRankError: rank 0 is gone" in second.stderr
 
 
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[HashStore]:
+    """The store of a process group of two ranks, of which this process is the first."""
+    store, before = HashStore(), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(failure, "_get_default_store", lambda: store)
+    yield store
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -79,13 +92,50 @@ def test_rank_0_is_lost_with_the_store(text_model: Path, text: Path, tmp_path: P
         (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1"), "another rank was killed"),
     ],
 )
-def test_an_error_of_its_own_is_shared(error: RuntimeError, said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = HashStore()
-    monkeypatch.setattr(failure, "_get_default_store", lambda: store)
+def test_an_error_of_its_own_is_shared(error: RuntimeError, said: str | None, store: HashStore) -> None:
     raised = pytest.raises(failure.OtherRankError if said else SourceError, match=said or "cannot be loaded")
-    with raised, failure.shared_failure(Ranks(layout=RankLayout(fsdp=2))):
+    with raised, failure.shared_failure(TWO):
         raise SourceError("cannot be loaded") from error
     assert store.check([failure.FAILED]) == (said is None)
+
+
+@pytest.mark.parametrize("action", [shards.writing, shards.reading])
+def test_a_checkpoint_breaks_off_when_a_rank_is_gone(action: Any, store: HashStore, tmp_path: Path) -> None:
+    store.set(failure.FAILED, "rank 1: out of luck")
+    gone = _wrap_exception(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1"))
+    raised = pytest.raises(failure.OtherRankError, match="rank 1: out of luck")
+    with raised, failure.shared_failure(TWO), action(tmp_path):
+        raise CheckpointException("a collective", {0: gone})
+
+
+@pytest.mark.parametrize("when", ["between two collectives", "after a broken connection"])
+def test_a_rank_that_is_ended_says_why(when: str, store: HashStore) -> None:
+    """torchrun sends SIGTERM to the others as soon as one has failed."""
+    store.set(failure.FAILED, "rank 1: out of luck")
+
+    def work() -> None:
+        try:
+            if when == "after a broken connection":
+                raise RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1")
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(failure.OtherRankError, match="rank 1: out of luck"), failure.shared_failure(TWO):
+        work()
+    os.kill(os.getpid(), signal.SIGTERM)  # while it says so
+
+
+def test_a_rank_that_is_ended_alone_leaves_word(store: HashStore) -> None:
+    with pytest.raises(SystemExit), failure.shared_failure(TWO):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert store.get(failure.FAILED) == b"rank 0: stopped by SIGTERM"
+
+
+def test_nothing_is_left_behind(store: HashStore) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with failure.shared_failure(TWO):
+        pass
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_ranks_of_different_versions_are_refused(text_model: Path, text: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from cli import Outcome
 
 pytest_plugins = ("text_model", "tiny")
-DEADLINE = 120  # seconds
+DEADLINE = 300  # seconds
 JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 
 

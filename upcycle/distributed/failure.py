@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from upcycle.errors import TrainingError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import FrameType
 
     from torch._C._distributed_c10d import Store
 
@@ -38,24 +40,36 @@ class OtherRankError(TrainingError):
 def shared_failure(ranks: Ranks) -> Iterator[None]:
     """Leave word when this rank fails; when another did, end with its error instead of a broken connection.
 
+    Where torchrun ends the others with SIGTERM, they have the time to say so.
+
     Raises:
         OtherRankError: another rank failed, or was killed.
     """
     if ranks.size == 1:
         yield
         return
-    store = _get_default_store()
+    store, before = _get_default_store(), signal.signal(signal.SIGTERM, _leave)
     try:
         yield
-    except OtherRankError:
-        raise
     except BaseException as error:
-        gone = _broken_connection(error)
+        signal.signal(signal.SIGTERM, _stay)
+        if isinstance(error, OtherRankError):
+            raise
+        gone = _broken_connection(error) or (str(error) if isinstance(error, SystemExit) and _word(store) else None)
         if gone:
             raise _told(store, ranks, gone) from error
         with suppress(DistError):  # rank 0 is gone too, and the store with it
             store.compare_set(FAILED, "", f"rank {ranks.rank}: {str(error) or type(error).__name__}")
         raise
+    signal.signal(signal.SIGTERM, before)
+
+
+def _leave(_number: int, _frame: FrameType | None) -> None:
+    raise SystemExit("stopped by SIGTERM")
+
+
+def _stay(_number: int, _frame: FrameType | None) -> None:
+    """This rank is ending already."""
 
 
 def _broken_connection(error: BaseException) -> str | None:
@@ -70,9 +84,14 @@ def _broken_connection(error: BaseException) -> str | None:
     return None
 
 
+def _word(store: Store) -> str | None:
+    """What the first rank that failed has left; None if none has."""
+    return store.get(FAILED).decode() if store.check([FAILED]) else None
+
+
 def _told(store: Store, ranks: Ranks, gone: str) -> OtherRankError:
     try:
-        word = store.get(FAILED).decode() if store.check([FAILED]) else None
+        word = _word(store)
     except DistError:
         return OtherRankError(
             "rank 0 is gone",

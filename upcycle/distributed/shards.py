@@ -37,7 +37,7 @@ def writing(path: Path) -> Iterator[None]:
             rank, error = _first(collected)
             if isinstance(error, OSError):
                 raise error from collected
-            raise OutputError(f"cannot write {path}", found=f"rank {rank}: {_line(error)}") from collected
+            raise OutputError(f"cannot write {path}", found=f"rank {rank}: {_line(error)}") from error
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def reading(path: Path) -> Iterator[None]:
         raise
     except CheckpointException as collected:
         rank, error = _first(collected)
-        raise _damaged(path, f"rank {rank}: {_line(error)}") from collected
+        raise _damaged(path, f"rank {rank}: {_line(error)}") from error
     except Exception as error:  # torch.load raises what its parsers raise
         raise _damaged(path, _line(error)) from error
 

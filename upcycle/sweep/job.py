@@ -34,11 +34,12 @@ WORKER = (sys.executable, "-P", "-m", "upcycle.sweep.worker")
 
 
 def status_of(run: Path) -> str | None:
-    """What run.json says; None if there is none, or one that cannot be read."""
+    """What run.json says; None if there is none, one that cannot be read, or one without a status."""
     try:
-        return str(read_run(run).get("status"))
+        status: str | None = read_run(run).get("status")
     except SourceError:
         return None
+    return status
 
 
 def log_of(run: Path) -> Path:

@@ -7,11 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 
 from upcycle.arch.targets import TARGETS
-from upcycle.arguments import typed_options
 from upcycle.dashboard.workspace import as_json, build_workspace, push
 from upcycle.files import write_text
 from upcycle.model_config import read_config
@@ -19,9 +17,8 @@ from upcycle.moe_config import describe_moe
 from upcycle.prepare import prepare
 from upcycle.source import expanded
 from upcycle.sweep.command import sweep_name
-from upcycle.sweep.plan import COMMAND, plan_sweep
+from upcycle.sweep.plan import arm_config, plan_sweep
 from upcycle.tracking.record import NOT_COMPARED, flat
-from upcycle.train.config import TrainConfig
 from upcycle.train.models import conversion_request
 
 if TYPE_CHECKING:
@@ -29,7 +26,9 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-OWN = ("push", "output")  # options that are not of `upcycle train`
+    from upcycle.train.config import TrainConfig
+
+OWN = ("push", "output")  # options of the command, not of the runs
 SEED = "seed"
 
 
@@ -43,7 +42,7 @@ def dashboard(composed: DictConfig) -> int:
     name = sweep_name()
     given = [each for each in HydraConfig.get().overrides.task if each.partition("=")[0] not in OWN]
     plan = plan_sweep(composed, name=name, overrides=given, output=Path(), ranks=None, execute=False)
-    configs = [typed_options(TrainConfig, compose(COMMAND, [*given, *arm.overrides, "output=''"])) for arm in plan.arms]
+    configs = [arm_config(arm, given, seed=composed.seed) for arm in plan.arms]
     workspace = build_workspace(
         plan.name,
         entity=composed.wandb.entity,

@@ -14,6 +14,7 @@ from upcycle.arch.families import FAMILIES
 from upcycle.arch.family import describe
 from upcycle.config import ConvertConfig, InitConfig, MoeConfig
 from upcycle.convert import convert
+from upcycle.plan.groups import settled
 from upcycle.plan.plan import build_plan
 from upcycle.plan.request import moe_shape
 from upcycle.plan.scaling import expected_mass
@@ -39,7 +40,15 @@ TOLERANCE = {"softmax_topk": 6e-3, "topk_softmax": 1e-5}
 
 def options(source: Path | str, output: Path | str, *, init: str = "virtual_group", **changes: Any) -> ConvertConfig:
     """Options of `convert`: E4G2T2, and what is named; names of `moe.*` and `init.*` are given without the prefix."""
-    moe = MoeConfig(expansion=4, granularity=2, top_k=2, router_order="softmax_topk", shared_experts=0, layers="all")
+    moe = MoeConfig(
+        expansion=4,
+        granularity=2,
+        top_k=2,
+        router_order="softmax_topk",
+        shared_experts=0,
+        layers="all",
+        groups="auto",
+    )
     start = InitConfig(name=init, scaling="exact", router_std=ROUTER_STD, ratio=0.5, std=0.1)
     request = ConvertConfig(
         source=str(source),
@@ -94,6 +103,7 @@ def planned(model: DenseModel, **changes: Any) -> Plan:
     request = options("source", "output", **changes)
     moe = moe_shape(request.moe, request.init, ffn_width=model.ffn_width, layers=model.layers)
     target, why = select_target(request.target, model, moe)
+    moe = settled(moe, request.init, target)
     dtypes, masses = dict.fromkeys(model.tensors(), "F32"), dict.fromkeys(moe.layers, expected_mass(moe))
     return build_plan(model, moe, request.init, target, why, dtypes=dtypes, masses=masses, dropped={})
 

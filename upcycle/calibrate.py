@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from upcycle.init.experts import normal
 from upcycle.init.rng import generator
 from upcycle.load import ffn_modules, load_dense
+from upcycle.modeling.selection_upcycled_moe import ExpertSelection, select_experts
 from upcycle.plan.experts import router_rows
 from upcycle.text import sample_tokens
 
@@ -41,13 +42,14 @@ def measured_masses(
     model = load_dense(source)
     modules = ffn_modules(model, source.model.ffn_module(), moe.layers)
     masses: dict[int, list[Tensor]] = {layer: [] for layer in modules}
+    selection = ExpertSelection(top_k=moe.top_k, order=moe.router_order, granularity=moe.granularity, groups=moe.groups)
 
     def watch(layer: int, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
         router = _router(source, moe, init, layer, seed)
 
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            probabilities = (args[0].float().flatten(0, -2) @ router.T).softmax(-1)
-            masses[layer].append(probabilities.topk(moe.top_k).values.sum(-1))
+            weights, _ = select_experts(args[0].float().flatten(0, -2) @ router.T, selection)
+            masses[layer].append(weights.sum(-1))
 
         return module.register_forward_pre_hook(hook)
 

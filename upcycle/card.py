@@ -28,7 +28,7 @@ tags: [moe, upcycling, {plan.target}]
 |---|---|
 | type | `{plan.target}` |
 | experts | {moe.experts} (E {moe.expansion} x G {moe.granularity}), {moe.top_k} active, {moe.shared_experts} shared |
-| router | {moe.router_order}, `init.router_std={plan.router_std:g}` |
+| router | {moe.router_order}, `init.router_std={plan.router_std:g}`, `moe.groups={moe.groups}` |
 | initialization | {plan.init.name}, scaling {plan.init.scaling} |
 | MoE layers | {len(moe.layers)} |
 | parameters | {cost["parameters"]:,}, {cost["active_parameters"]:,} active (dense {cost["dense_parameters"]:,}) |

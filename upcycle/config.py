@@ -19,6 +19,9 @@ class MoeConfig:
         router_order: softmax_topk or topk_softmax.
         shared_experts: experts of the same width that every token uses.
         layers: "all", "every_K" (every K-th layer, ending with the K-th), or a list of indices.
+        groups: how experts of virtual groups are chosen: free (one by one), tied (one router row per group), whole
+            (groups are chosen), positions (of each shard position the best T/G); auto takes what keeps the start and
+            the type can store. Of training, for model=checkpoint too: there auto is what the checkpoint says.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = STRICT
@@ -29,6 +32,7 @@ class MoeConfig:
     router_order: str
     shared_experts: int
     layers: Any
+    groups: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,6 +109,7 @@ def _shape(moe: MoeDescription) -> dict[str, Any]:
         "expert_width": moe.expert_width,
         "shared_width": moe.shared_width,
         "granularity": moe.granularity,
+        "groups": moe.groups,
         "router_order": moe.router_order,
         "layers": list(moe.layers),
         "layer_count": moe.layer_count,
@@ -140,7 +141,8 @@ def inspection_table(found: Mapping[str, Any]) -> RenderableType:
     table.add_row(
         "MoE", f"{moe['name']}: {moe['experts']} experts of width {moe['expert_width']}, {moe['top_k']} active"
     )
-    table.add_row("router", moe["router_order"])
+    groups = f", groups {moe['groups']}" if moe["granularity"] > 1 else ""
+    table.add_row("router", moe["router_order"] + groups)
     table.add_row("shared width", str(moe["shared_width"]))
     table.add_row("MoE layers", layers)
     for name, value in (*_provenance(found.get("provenance")), *_training(found.get("training"))):

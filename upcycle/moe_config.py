@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from upcycle.arch.families import FAMILIES
@@ -28,6 +28,7 @@ class MoeDescription:
         layers: indices of the MoE layers.
         experts, top_k, expert_width, shared_width: sizes.
         granularity: G, experts per virtual group; 1 where nothing says otherwise.
+        groups: how experts of virtual groups are chosen, as `ExpertSelection` says; free where nothing says otherwise.
         router_order: softmax_topk or topk_softmax.
         gated: whether the experts have a gate.
         hidden_size, vocabulary: sizes.
@@ -42,6 +43,7 @@ class MoeDescription:
     expert_width: int
     shared_width: int
     granularity: int
+    groups: str
     router_order: str
     gated: bool
     hidden_size: int
@@ -65,6 +67,11 @@ class MoeDescription:
 
     def experts_path(self, layer: int) -> str:
         return self.router_path(layer).rpartition(".")[0] + ".experts"
+
+
+def regrouped(moe: MoeDescription, groups: str) -> MoeDescription:
+    """A MoE whose experts are chosen in another way; auto leaves it as it is."""
+    return moe if groups == "auto" else replace(moe, groups=groups)
 
 
 def describe_moe(directory: Path) -> MoeDescription:
@@ -104,6 +111,7 @@ def describe_config(target: Target, config: Any, manifest: dict[str, Any] | None
         expert_width=getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
         shared_width=next((getattr(config, name) for name in shared if hasattr(config, name)), 0),
         granularity=config.granularity if generic else manifest["moe"]["granularity"] if manifest else 1,
+        groups=config.groups if generic else (manifest or {}).get("moe", {}).get("groups", "free"),
         router_order=config.router_order if generic else ("topk_softmax" if renormalised else "softmax_topk"),
         gated=config.gated if generic else True,
         hidden_size=text.hidden_size,

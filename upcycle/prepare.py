@@ -12,6 +12,7 @@ from upcycle.checkpoint import Shard, TensorSpec, dtype_bytes, layout_shards
 from upcycle.errors import ConfigError, OutputError
 from upcycle.plan.cost import Cost, cost
 from upcycle.plan.effort import Effort, effort
+from upcycle.plan.groups import settled
 from upcycle.plan.plan import Plan, TargetTensor, build_plan
 from upcycle.plan.request import check_init, moe_shape
 from upcycle.plan.scaling import expected_mass
@@ -73,6 +74,7 @@ def prepare(config: ConversionConfig, *, execute: bool) -> Conversion:
     model = source.model
     moe = moe_shape(config.moe, config.init, ffn_width=model.ffn_width, layers=model.layers)
     target, why = select_target(config.target, model, moe)
+    moe = settled(moe, config.init, target)
     dtypes = source.dtypes(config.dtype)
     masses: Mapping[int, float] = dict.fromkeys(moe.layers, expected_mass(moe))
     if config.init.scaling == "calibrated" and moe.router_order == "softmax_topk" and execute:

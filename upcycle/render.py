@@ -15,6 +15,7 @@ from upcycle.checkpoint import dtype_bytes
 from upcycle.plan.plan import Plan, plan_dict
 
 if TYPE_CHECKING:
+    from upcycle.arch.moe import MoeShape
     from upcycle.plan.effort import Effort
     from upcycle.prepare import Conversion
 
@@ -48,7 +49,7 @@ def _summary(conversion: Conversion) -> Table:
     rows = [
         ("target", plan.target),
         ("experts", f"{moe.experts} of width {width}, {moe.top_k} active, {moe.shared_experts} shared; {layers}"),
-        ("router", f"{moe.router_order}, std {plan.router_std:g}"),
+        ("router", f"{moe.router_order}, std {plan.router_std:g}{_groups(moe)}"),
         ("init", f"{plan.init.name}, scaling {plan.init.scaling}"),
         ("step 0", "lossless" if not plan.losses else "not lossless"),
         ("parameters", f"{cost.parameters:,} ({cost.active_parameters:,} active); dense {cost.dense_parameters:,}"),
@@ -61,6 +62,10 @@ def _summary(conversion: Conversion) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _groups(moe: MoeShape) -> str:
+    return f", groups {moe.groups}" if moe.granularity > 1 else ""
 
 
 def duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ from upcycle.analysis.run_record import RunRecord
 from upcycle.analysis.wandb_api import SCHEME, read_server
 from upcycle.analysis.wandb_offline import read_offline
 from upcycle.errors import RecordError, near_misses
-from upcycle.tracking.record import METRICS, RUN, check_schema, check_training_run, read_run
+from upcycle.tracking.record import METRICS, RUN, check_schema, check_training_run, in_todays_words, read_run
 from upcycle.tracking.rows import kept_columns
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def read_records(places: Sequence[str | Path]) -> list[RunRecord]:
         check_training_run(part.content, part.name)
         check_schema(part.content, part.name)
         before = runs.get(part.name)
-        runs[part.name] = replace(part, parts=before.parts + part.parts) if before else part
+        parts = before.parts + part.parts if before else part.parts
+        runs[part.name] = replace(part, content=in_todays_words(part.content), parts=parts)
     return list(runs.values())
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 RouterOrder = Literal["softmax_topk", "topk_softmax"]
+Groups = Literal["auto", "free", "tied", "whole", "positions"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,7 @@ class MoeShape:
         router_order: whether the softmax is taken over all experts or over the selected ones.
         shared_experts: experts of the same width that every token uses.
         layers: indices of the layers that become MoE.
+        groups: how experts of virtual groups are chosen, as `ExpertSelection` says; auto until the type is known.
     """
 
     expansion: int
@@ -27,6 +29,7 @@ class MoeShape:
     router_order: RouterOrder
     shared_experts: int
     layers: tuple[int, ...]
+    groups: Groups
 
     @property
     def experts(self) -> int:

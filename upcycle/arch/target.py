@@ -133,8 +133,13 @@ class Target:
             (moe.router_order not in self.router_orders, "router order", moe.router_order, self.router_orders[0]),
             (moe.shared_experts > 0 and not self.shared, "shared experts", str(moe.shared_experts), "0"),
             (len(moe.layers) < model.layers and not self.dense_layers, "dense layers", "some", "none"),
+            (moe.groups in ("whole", "positions"), "moe.groups", moe.groups, _PLAIN_TOP_K),
         ]
         return [Objection(field=name, found=found, expressible=can) for wrong, name, found, can in checks if wrong]
+
+
+# All that a type whose routers take the top-k of all experts can do for groups.
+_PLAIN_TOP_K = "tied (the router rows of a group stay equal, so that its top-k keeps groups whole) or free"
 
 
 def _window_kind(windows: tuple[int, ...]) -> str:

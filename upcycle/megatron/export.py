@@ -59,7 +59,7 @@ def _from_run(config: ExportConfig, directory: Path) -> Path:
     trained = TypeAdapter(TrainConfig).validate_python(run["config"])
     check_type(read_config(directory / MODEL).get("model_type"))
     check_tokenizer(directory / MODEL)
-    model = exported_config(directory / MODEL, trained, run["manifest"])
+    model, _ = exported_config(directory / MODEL, trained, run["manifest"], trained.moe.groups)
     files = _files(config, model, run["manifest"], trained, run["steps"] if config.steps is None else config.steps)
     return export(config, beside=files)
 

@@ -104,7 +104,7 @@ def check_training(config: TrainConfig) -> None:
     beyond = {
         "router.noisy_top_k": router.noisy_top_k,
         "router.expert_choice": router.expert_choice,
-        "router.select_groups": router.select_groups,
+        "router.release": router.release and router.release.then,
         "balance.aux_loss": isinstance(balance.aux_loss, Schedule) and "a schedule",
         "balance.z_loss": isinstance(balance.z_loss, Schedule) and "a schedule",
         "optim.router_lr": optim.router_lr != 1 and optim.router_lr,

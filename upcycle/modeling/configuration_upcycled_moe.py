@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from .selection_upcycled_moe import ROUTER_ORDERS
+from .selection_upcycled_moe import GROUPS, ROUTER_ORDERS
 
 
 class UpcycledMoeConfig(PreTrainedConfig):
@@ -32,7 +32,8 @@ class UpcycledMoeConfig(PreTrainedConfig):
         routed_scaling_factor: what the weights are multiplied by in the end.
         router_correction_bias: whether experts are chosen by score plus a bias (`e_score_correction_bias`), which does
             not enter the weights.
-        select_groups: whether whole virtual groups of `granularity` experts are chosen, by the sum of their scores.
+        groups: how experts of virtual groups of `granularity` are chosen: `free`, `tied`, `whole` or `positions`, as
+            `ExpertSelection` in selection_upcycled_moe.py says.
         granularity: shards G each dense FFN was cut into.
         expansion: copies E of the dense FFN; expert `e * G + g` started as shard g of copy e.
         output_router_logits: whether the model returns router logits and adds the load-balancing loss by default.
@@ -40,8 +41,8 @@ class UpcycledMoeConfig(PreTrainedConfig):
         tie_word_embeddings: always what `text_config` says.
 
     Raises:
-        ValueError: an unknown router order, more experts per token than experts, or whole groups asked for that the
-            experts or the experts per token do not divide into.
+        ValueError: an unknown router order or way to choose, more experts per token than experts, or groups asked for
+            that the experts or the experts per token do not divide into.
     """
 
     model_type = "upcycled_moe"
@@ -64,7 +65,7 @@ class UpcycledMoeConfig(PreTrainedConfig):
     router_renormalise: bool = False
     routed_scaling_factor: float = 1.0
     router_correction_bias: bool = False
-    select_groups: bool = False
+    groups: str = "free"
     granularity: int = 1
     expansion: int = 1
     output_router_logits: bool = False
@@ -83,9 +84,13 @@ class UpcycledMoeConfig(PreTrainedConfig):
                 f"num_experts_per_tok must be between 1 and num_experts = {self.num_experts}, "
                 f"found {self.num_experts_per_tok}"
             )
-        if self.select_groups and (self.num_experts_per_tok % self.granularity or self.num_experts % self.granularity):
+        if self.groups not in GROUPS:
+            raise ValueError(f"groups must be one of {GROUPS}, found {self.groups!r}")
+        if self.groups != "free" and (
+            self.num_experts_per_tok % self.granularity or self.num_experts % self.granularity
+        ):
             raise ValueError(
-                f"select_groups needs num_experts and num_experts_per_tok divisible by granularity = "
+                f"groups={self.groups} needs num_experts and num_experts_per_tok divisible by granularity = "
                 f"{self.granularity}, found {self.num_experts} and {self.num_experts_per_tok}"
             )
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]

@@ -35,7 +35,8 @@ class UpcycledMoeRouter(BiasedRouter):
             order=config.router_order,
             renormalise=config.router_renormalise,
             scaling_factor=config.routed_scaling_factor,
-            group_size=config.granularity if config.select_groups else 1,
+            granularity=config.granularity,
+            groups=config.groups,
         )
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.text_config.hidden_size))
         bias_N = torch.zeros(config.num_experts, dtype=torch.float32) if config.router_correction_bias else None

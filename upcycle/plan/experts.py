@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from upcycle.plan.groups import GROUPED_INITS
 from upcycle.plan.parts import AddNoise, Beside, DropNeurons, Normal, Part, Range, Take, Zeros
-from upcycle.plan.request import GROUPED_INITS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

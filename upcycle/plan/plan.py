@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from upcycle.arch.target import Matrix, Target, matrices
 from upcycle.plan.coverage import check_coverage
 from upcycle.plan.experts import FfnParts, router_deviation, router_rows
+from upcycle.plan.groups import group_notes
 from upcycle.plan.parts import Part, Take, Whole, Zeros
 from upcycle.plan.scaling import LayerScaling, layer_scaling, lossless
 
@@ -260,7 +261,7 @@ def _losses(moe: MoeShape, init: InitConfig, *, exact_scale: bool, spread: float
         yield f"init.scaling={init.scaling} does not undo the router's weights exactly for this activation"
     if init.name == "random":
         yield "init=random: nothing of the dense FFNs is kept"
-    if init.name == "copy" and moe.granularity > 1:
+    if init.name == "copy" and moe.granularity > 1 and moe.groups != "positions":
         yield "init=copy with granularity > 1: experts are chosen one by one, so those selected are not a whole FFN"
     if init.name == "drop" and init.ratio:
         yield f"init=drop: {init.ratio:g} of each expert's neurons start anew"
@@ -276,6 +277,7 @@ def _notes(moe: MoeShape, init: InitConfig, target: Target, router_std: float) -
     if not target.generic:
         logits = f"{target.model_type} computes router logits in the model's dtype"
         yield f"{logits}: in bfloat16 about 0.5% of tokens split a group"
+    yield from group_notes(moe)
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:

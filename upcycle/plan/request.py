@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from upcycle.arch.moe import MoeShape, RouterOrder
 from upcycle.errors import ConfigError, did_you_mean, nearest
+from upcycle.plan.groups import GROUPED_INITS, check_groups
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +18,6 @@ ROUTER_ORDERS: tuple[RouterOrder, ...] = ("softmax_topk", "topk_softmax")
 SCALING_RULES = ("exact", "paper", "down", "calibrated", "none")
 INITS = ("virtual_group", "copy", "drop", "noise", "random")
 MOST_EXPERTS = 2**16
-GROUPED_INITS = ("virtual_group", "drop", "noise")
 
 
 def moe_shape(config: MoeConfig, init: InitConfig, *, ffn_width: int, layers: int) -> MoeShape:
@@ -55,6 +55,7 @@ def moe_shape(config: MoeConfig, init: InitConfig, *, ffn_width: int, layers: in
             expected="a multiple of granularity",
             remedy=f"set moe.top_k to {nearest(config.top_k, multiples)}, or take init=copy or init=random",
         )
+    groups = check_groups(config.groups, init, expansion=expansion, granularity=config.granularity, top_k=config.top_k)
     return MoeShape(
         expansion=expansion,
         granularity=config.granularity,
@@ -62,6 +63,7 @@ def moe_shape(config: MoeConfig, init: InitConfig, *, ffn_width: int, layers: in
         router_order="softmax_topk" if config.router_order == "softmax_topk" else "topk_softmax",
         shared_experts=config.shared_experts,
         layers=moe_layers(config.layers, layers),
+        groups=groups,
     )
 
 

@@ -10,16 +10,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import distributed
 
-from upcycle.modeling.selection_upcycled_moe import TINY, expert_scores
+from upcycle.modeling.selection_upcycled_moe import TINY, by_expert, by_position, expert_scores
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from upcycle.modeling.selection_upcycled_moe import ExpertSelection
 
-def router_probability(logits_TN: Tensor, order: str) -> Tensor:
-    """Each expert's probability [T, N]; sigmoids are divided by their sum over all experts (arXiv 2412.19437)."""
-    scores_TN = expert_scores(logits_TN, order)
-    return scores_TN / (scores_TN.sum(dim=-1, keepdim=True) + TINY) if order == "sigmoid_topk" else scores_TN
+
+def router_probability(logits_TN: Tensor, selection: ExpertSelection) -> Tensor:
+    """Each expert's probability [T, N], which sum to 1; by positions, to 1/G in each.
+
+    Sigmoids are divided by their sum over the experts that compete (arXiv 2412.19437).
+    """
+    scores_TN = expert_scores(logits_TN, selection)
+    if selection.order != "sigmoid_topk":
+        return scores_TN
+    scores_TCE = by_position(scores_TN, selection)
+    return by_expert(scores_TCE / (scores_TCE.sum(dim=-1, keepdim=True) + TINY)) / selection.competing
 
 
 def load_balancing_loss(probability_LN: Tensor, load_LN: Tensor) -> Tensor:
@@ -38,9 +46,9 @@ def load_balancing_loss(probability_LN: Tensor, load_LN: Tensor) -> Tensor:
     return load_LN.shape[-1] * (share_LN * probability_LN).sum(dim=-1).mean()
 
 
-def z_loss(logits_TN: Tensor) -> Tensor:
-    """Mean over tokens of the squared logsumexp of the logits (ST-MoE, arXiv 2202.08906)."""
-    return logits_TN.logsumexp(dim=-1).square().mean()
+def z_loss(logits_TN: Tensor, selection: ExpertSelection) -> Tensor:
+    """Mean over tokens, and positions, of the squared logsumexp of the logits (ST-MoE, arXiv 2202.08906)."""
+    return by_position(logits_TN, selection).logsumexp(dim=-1).square().mean()
 
 
 def sum_over_ranks(load_LN: Tensor) -> Tensor:

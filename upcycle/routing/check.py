@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import ConfigError, near_misses
+from upcycle.plan.groups import check_divisible
 from upcycle.routing.config import Schedule
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ NAMES = {
     "router.order": ("softmax_topk", "topk_softmax"),
     "balance.statistics": ("micro_batch", "global_batch"),
 }
+AFTER_RELEASE = ("free", "positions")
 COEFFICIENTS = ("aux_loss", "z_loss", "bias_update")
 
 
@@ -35,7 +37,7 @@ def check_routing(moe: MoeDescription, router: RouterConfig, balance: BalanceCon
     _check_scores(moe, router)
     _check_experts(moe, router)
     if router.expert_choice:
-        _check_expert_choice(router, balance)
+        _check_expert_choice(moe, router, balance)
 
 
 def _check_names(router: RouterConfig, balance: BalanceConfig) -> None:
@@ -59,6 +61,12 @@ def _check_ranges(router: RouterConfig, balance: BalanceConfig) -> None:
         raise ConfigError("router.scaling_factor must be positive", found=scaling)
     if not 0 <= router.jitter < 1:
         raise ConfigError("router.jitter is out of range", found=router.jitter, expected="at least 0 and below 1")
+    if router.release and not 0 < router.release.until < 1:
+        raise ConfigError(
+            "router.release.until is outside the budget",
+            found=router.release.until,
+            expected="a share of it, above 0 and below 1",
+        )
     for name in COEFFICIENTS:
         _check_coefficient(f"balance.{name}", getattr(balance, name))
 
@@ -100,21 +108,34 @@ def _check_experts(moe: MoeDescription, router: RouterConfig) -> None:
             "top_k must be between 1 and the number of experts",
             found=f"top_k={moe.top_k} of {moe.experts} experts",
         )
-    if router.select_groups and (moe.granularity == 1 or moe.top_k % moe.granularity or moe.experts % moe.granularity):
+    check_ways(moe, router.release.then if router.release else None)
+
+
+def check_ways(moe: MoeDescription, then: str | None) -> None:
+    """Check how experts of virtual groups are chosen, and how after a release.
+
+    Raises:
+        ConfigError: the shape has no groups, or there is nothing to release.
+    """
+    for groups in {moe.groups, then} - {"free", None}:
+        check_divisible(str(groups), granularity=moe.granularity, top_k=moe.top_k, experts=moe.experts)
+    if then is not None and (moe.groups == "free" or then not in AFTER_RELEASE or then == moe.groups):
         raise ConfigError(
-            "router.select_groups needs virtual groups, and a top_k that is a multiple of their size",
-            found=f"top_k={moe.top_k}, granularity={moe.granularity}, {moe.experts} experts",
-            remedy="set router.select_groups=false, or convert with a top_k that is a multiple of the granularity",
+            "router.release needs groups that hold until then, and another way to choose afterwards",
+            found=f"moe.groups={moe.groups}, then {then}",
+            expected="moe.groups=tied, whole or positions, then " + " or ".join(AFTER_RELEASE),
+            remedy="set router.release=null to keep one way",
         )
 
 
-def _check_expert_choice(router: RouterConfig, balance: BalanceConfig) -> None:
+def _check_expert_choice(moe: MoeDescription, router: RouterConfig, balance: BalanceConfig) -> None:
     idle = [name for name in ("aux_loss", "bias_update") if getattr(balance, name) != 0]
     given = [f"balance.{name}={getattr(balance, name)}" for name in idle]
-    given += ["router.select_groups=true"] if router.select_groups else []
+    ways = {moe.groups, router.release.then if router.release else moe.groups}
+    given += [f"moe.groups={way}" for way in ("whole", "positions") if way in ways]
     if given:
         raise ConfigError(
             "experts that choose tokens are equally loaded and choose one by one",
             found=f"router.expert_choice=true with {', '.join(given)}",
-            remedy="leave these out, or set router.expert_choice=false",
+            remedy="leave these out (moe.groups=tied or free for groups), or set router.expert_choice=false",
         )

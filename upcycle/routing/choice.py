@@ -54,7 +54,7 @@ def choose_tokens(logits_TN: Tensor, selection: ExpertSelection, limit: int) -> 
     Returns:
         weights [T, K] in the logits' dtype, expert indices [T, K], and which pairs are no padding, bool [T, K].
     """
-    scores_TN = expert_scores(logits_TN, selection.order)
+    scores_TN = expert_scores(logits_TN, selection)
     tokens_CN = scores_TN.topk(limit, dim=0).indices
     chosen_TN = torch.zeros_like(scores_TN, dtype=torch.bool).scatter(0, tokens_CN, True)
     top_k = int(chosen_TN.sum(dim=-1).max()) if len(logits_TN) else 1

@@ -32,6 +32,21 @@ def coefficient(value: float | Schedule, step: int) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Release:
+    """When virtual groups need no longer hold.
+
+    Attributes:
+        until: share of the budget in which `moe.groups` holds, above 0 and below 1.
+        then: free or positions, from then on.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
+
+    until: float
+    then: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """`router.*`. What is None stays as the checkpoint says.
 
@@ -40,7 +55,6 @@ class RouterConfig:
         order: softmax_topk or topk_softmax, for score=softmax.
         renormalise: sigmoid: the kept weights are divided by their sum; True where the checkpoint was not sigmoid.
         scaling_factor: what the weights are multiplied by in the end (DeepSeek-V3's `routed_scaling_factor`).
-        select_groups: choose T/G whole virtual groups, by the sum of their experts' scores, instead of T experts.
         capacity_factor: training: an expert takes at most ceil(capacity_factor * tokens * K / N) tokens, the least
             probable ones are dropped; None drops nothing. With expert_choice, what an expert takes; None is 1 there.
         jitter: training: the router's input is multiplied by U(1 - jitter, 1 + jitter) (Switch, arXiv 2101.03961).
@@ -48,6 +62,7 @@ class RouterConfig:
             all experts of a virtual group.
         expert_choice: experts choose tokens instead (arXiv 2202.09368), in evaluation too. A token's experts then
             depend on later tokens, so such a model cannot generate.
+        release: after which share of the budget experts are chosen in another way; None never.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = STRICT
@@ -56,11 +71,11 @@ class RouterConfig:
     order: str | None = None
     renormalise: bool | None = None
     scaling_factor: float | None = None
-    select_groups: bool | None = None
     capacity_factor: float | None = None
     jitter: float = 0.0
     noisy_top_k: bool = False
     expert_choice: bool = False
+    release: Release | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from upcycle.routing.config import BalanceConfig, RouterConfig
 
 
+GENERIC = "convert with target=upcycled_moe"
+REMEDIES = {"moe.groups": f"{GENERIC}, or train with moe.groups=tied, which keeps groups whole in every type"}
+
+
 def export_fields(moe: MoeDescription, router: RouterConfig, balance: BalanceConfig) -> dict[str, Any]:
     """The fields of config.json that record how a trained model routes; those not named stay as they are.
 
@@ -36,8 +40,7 @@ def _generic_fields(moe: MoeDescription, router: RouterConfig, balance: BalanceC
     names = {"order": "router_order", "renormalise": "router_renormalise", "scaling_factor": "routed_scaling_factor"}
     changes = selection_changes(moe, router)
     fields = {name: changes[field] for field, name in names.items() if field in changes}
-    if "group_size" in changes:
-        fields["select_groups"] = router.select_groups
+    fields["groups"] = moe.groups
     if balance.bias_update != 0:
         fields["router_correction_bias"] = True
     return fields
@@ -49,14 +52,14 @@ def _native_fields(moe: MoeDescription, router: RouterConfig, balance: BalanceCo
         "router.score": (router.score, router.score == "sigmoid"),
         "router.order": (router.order, router.order is not None and router.order not in orders),
         "router.scaling_factor": (router.scaling_factor, router.scaling_factor not in (None, 1.0)),
-        "router.select_groups": (router.select_groups, bool(router.select_groups)),
+        "moe.groups": (moe.groups, moe.groups in ("whole", "positions")),
         "balance.bias_update": (balance.bias_update, balance.bias_update != 0),
     }
     for option, (value, impossible) in beyond.items():
         if impossible:
             raise ConfigError(
                 f"{option}={value} cannot be stored in {moe.model_type}",
-                remedy="convert with target=upcycled_moe",
+                remedy=REMEDIES.get(option, GENERIC),
             )
     if router.order is None or "softmax_topk" not in orders:
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,9 +13,11 @@ from upcycle.errors import ConfigError
 from upcycle.routing.balance import bias_step, load_balancing_loss, sum_over_ranks
 from upcycle.routing.check import check_routing
 from upcycle.routing.config import coefficient
+from upcycle.routing.release import Joint, rescale
 from upcycle.routing.router import Forward, Router
 from upcycle.routing.selection import native_selection, selection_changes
 from upcycle.routing.statistics import RoutingSums, no_sums, stack
+from upcycle.routing.ties import is_tied
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
     from upcycle.moe_config import MoeDescription
     from upcycle.routing.config import BalanceConfig, RouterConfig
+
+_log = logging.getLogger("upcycle")
 
 
 class Losses(NamedTuple):
@@ -46,11 +51,21 @@ class Routing:
     Attributes:
         routers: by layer index.
         balance: the options.
+        joint: when experts will be chosen in another way, and how; None never.
     """
 
-    def __init__(self, routers: dict[int, Router], balance: BalanceConfig) -> None:
+    def __init__(
+        self, routers: dict[int, Router], balance: BalanceConfig, experts: dict[int, nn.Module] | None = None
+    ) -> None:
         self.routers = routers
         self.balance = balance
+        self.joint: Joint | None = None
+        self._experts = experts or {}
+
+    def begin(self, done: int) -> None:
+        """Choose experts as a run does after `done` optimizer steps."""
+        if self.joint:
+            self.joint.before(list(self.routers.values()), done)
 
     @property
     def measuring(self) -> bool:
@@ -90,15 +105,22 @@ class Routing:
 
     @torch.no_grad()
     def end_step(self, step: int) -> None:
-        """After optimizer step `step` (from 0): move the biases, and forget the loads of this step.
+        """After optimizer step `step` (from 0): tie rows, move biases, release groups, forget the loads of this step.
 
-        With balance.bias_update every process has to call this; all then have the same biases.
+        Every process has to call this; all then have the same biases.
         """
+        for router in self.routers.values():
+            router.tie()
         if self.balance.bias_update != 0:
             directions_LN = bias_step(sum_over_ranks(self._step_load()))
             for router, direction_N in zip(self.routers.values(), directions_LN, strict=True):
                 assert router.e_score_correction_bias is not None
                 router.e_score_correction_bias += self._coefficient("bias_update", step) * direction_N
+        if self.joint and self.joint.step == step + 1:
+            factors = [rescale(router, self._experts[layer]) for layer, router in self.routers.items()]
+            shown = ", ".join(f"{factor:.4g}" for factor in factors)
+            _log.info("from step %d on experts are chosen by %s; layers rescaled by %s", step, self.joint.then, shown)
+        self.begin(step + 1)
         for router in self.routers.values():
             router.forwarded = router.step_load_N = None
 
@@ -133,24 +155,47 @@ class Routing:
 
 
 def install_routers(
-    model: PreTrainedModel, moe: MoeDescription, router: RouterConfig, balance: BalanceConfig
+    model: PreTrainedModel, moe: MoeDescription, router: RouterConfig, balance: BalanceConfig, *, random: bool = False
 ) -> Routing:
     """Replace the routers of `model` in place; the parameters and their names stay.
 
     transformers' own load-balancing loss is switched off (`config.output_router_logits`): it does not know these
     routers, and would count twice.
 
+    Args:
+        model: the model, which may be on the meta device.
+        moe: its shape.
+        router: options of routing.
+        balance: options of its balancing.
+        random: whether its weights are random: then rows that are to be tied are made equal, not looked at.
+
     Raises:
-        ConfigError: options that cannot work, alone, together or with this model.
+        ConfigError: options that cannot work, alone, together or with this model; rows of a group that differ under
+            moe.groups=tied.
     """
     check_routing(moe, router, balance)
-    routers = {}
+    routers, experts = {}, {}
     for layer in moe.layers:
         path = moe.router_path(layer)
         routers[layer] = _replacement(model.get_submodule(path), moe, router, balance)
         model.set_submodule(path, routers[layer], strict=True)
+        experts[layer] = model.get_submodule(moe.experts_path(layer))
     model.config.output_router_logits = False
-    return Routing(routers, balance)
+    for layer, made in routers.items():
+        if made.tied and made.weight.device.type != "meta":
+            _tie(made, layer, random=random)
+    return Routing(routers, balance, experts)
+
+
+def _tie(router: Router, layer: int, *, random: bool) -> None:
+    if random:
+        router.tie()
+    elif not is_tied(router.weight, router.selection.granularity):
+        raise ConfigError(
+            "moe.groups=tied needs router rows that are equal within a virtual group",
+            found=f"rows of layer {layer} that differ, as training with moe.groups=free makes them",
+            remedy="set moe.groups=free to go on as before, or convert the dense model anew",
+        )
 
 
 def _replacement(native: nn.Module, moe: MoeDescription, router: RouterConfig, balance: BalanceConfig) -> Router:
@@ -166,5 +211,4 @@ def _replacement(native: nn.Module, moe: MoeDescription, router: RouterConfig, b
     if bias_N is None and balance.bias_update != 0:
         bias_N = torch.zeros(len(weight), dtype=torch.float32, device=weight.device)
     selection = replace(stored, **selection_changes(moe, router))
-    made = Router(native, selection, router, bias_N=bias_N, granularity=moe.granularity)
-    return made.train(native.training)
+    return Router(native, selection, router, bias_N=bias_N).train(native.training)

@@ -16,6 +16,7 @@ from upcycle.modeling.selection_upcycled_moe import BiasedRouter, expert_scores,
 from upcycle.routing.balance import router_probability, z_loss
 from upcycle.routing.choice import capacity, choose_tokens, expert_counts, within_capacity
 from upcycle.routing.statistics import RoutingSums, measure
+from upcycle.routing.ties import shared_rows, tie
 
 if TYPE_CHECKING:
     from upcycle.modeling.selection_upcycled_moe import ExpertSelection
@@ -44,12 +45,14 @@ class Router(BiasedRouter):
         selection: see below.
         options: the options.
         bias_N: see `e_score_correction_bias`.
-        granularity: G.
 
     Attributes:
         weight: the native router's own parameter, [N, H].
         e_score_correction_bias: float32 [N], added to scores for choosing experts only; None where nothing uses it.
         selection: how logits become experts and weights.
+        ahead: how they will after the next optimizer step, in the last step before a release; otherwise None.
+        masses: where `ahead` is set, sums over the tokens of this step of the weights as they are, and as they would be
+            under `ahead`, float64 [2].
         forwarded: the last training forward; None after an optimizer step.
         step_load_N: assignments in all training forwards of this optimizer step; None before the first.
         sums: statistics since they were last reset; None before the first training forward.
@@ -67,12 +70,13 @@ class Router(BiasedRouter):
         options: RouterConfig,
         *,
         bias_N: Tensor | None,
-        granularity: int,
     ) -> None:
         super().__init__()
         self._parameters = native._parameters  # and no copy of it: FSDP2 exchanges what is in it
         self.register_buffer("e_score_correction_bias", bias_N)
-        self.selection, self.options, self.granularity = selection, options, granularity
+        self.selection, self.options = selection, options
+        self.ahead: ExpertSelection | None = None
+        self.masses: Tensor | None = None
         self.forwarded: Forward | None = None
         self.step_load_N: Tensor | None = None
         self.sums: RoutingSums | None = None
@@ -87,14 +91,40 @@ class Router(BiasedRouter):
         """
         x_TH = x.reshape(-1, x.shape[-1])
         with maybe_autocast(device_type=x.device.type, enabled=False):
-            logits_TN = F.linear(self._jittered(x_TH.float()), self.weight.float())
+            logits_TN = self._logits(self._jittered(x_TH.float()))
             noisy_TN = self._noisy(logits_TN)
             weights_TK, index_TK, chosen_TK = self._choose(noisy_TN)
             if self.training:
                 kept_TK = self._keep(noisy_TN, index_TK, chosen_TK)
                 weights_TK = weights_TK * kept_TK
                 self._record(logits_TN, index_TK, chosen_TK, kept_TK)
+                if self.ahead:
+                    self._look_ahead(noisy_TN, weights_TK)
         return logits_TN, weights_TK.to(x.dtype), index_TK
+
+    @property
+    def tied(self) -> bool:
+        """Whether the rows of every virtual group are kept equal."""
+        return self.selection.groups == "tied"
+
+    def tie(self) -> None:
+        """Make the rows of every virtual group equal, if they are to be."""
+        if self.tied:
+            tie(self.weight, self.selection.granularity)
+
+    def _logits(self, x_TH: Tensor) -> Tensor:
+        if not self.tied:
+            return F.linear(x_TH, self.weight.float())
+        granularity = self.selection.granularity
+        logits_TE = F.linear(x_TH, shared_rows(self.weight.float(), granularity))
+        return logits_TE.repeat_interleave(granularity, dim=-1)
+
+    def _look_ahead(self, logits_TN: Tensor, weights_TK: Tensor) -> None:
+        assert self.ahead is not None
+        with torch.no_grad():
+            later_TK, _ = select_experts(logits_TN, self.ahead, self.e_score_correction_bias)
+            masses = torch.stack([each.sum(dtype=torch.float64) for each in (weights_TK, later_TK)])
+        self.masses = masses if self.masses is None else self.masses + masses
 
     def _jittered(self, x_TH: Tensor) -> Tensor:
         jitter = self.options.jitter
@@ -106,9 +136,12 @@ class Router(BiasedRouter):
         if not (self.training and self.options.noisy_top_k):
             return logits_TN
         tokens, experts = logits_TN.shape
+        if self.selection.groups == "positions":
+            return logits_TN + torch.empty_like(logits_TN).normal_(std=self.selection.competing / experts)
         # Noise of its own for every expert would tear apart a virtual group whose logits tie.
-        groups = logits_TN.new_empty(tokens, experts // self.granularity).normal_(std=1 / experts)
-        return logits_TN + groups.repeat_interleave(self.granularity, dim=-1)
+        granularity = self.selection.granularity
+        groups = logits_TN.new_empty(tokens, experts // granularity).normal_(std=1 / experts)
+        return logits_TN + groups.repeat_interleave(granularity, dim=-1)
 
     def _choose(self, logits_TN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.options.expert_choice:
@@ -121,7 +154,7 @@ class Router(BiasedRouter):
         factor = self.options.capacity_factor
         if factor is None or self.options.expert_choice:
             return chosen_TK
-        scores_TK = expert_scores(logits_TN.detach(), self.selection.order).gather(-1, index_TK)
+        scores_TK = expert_scores(logits_TN.detach(), self.selection).gather(-1, index_TK)
         limit = self._capacity(logits_TN, factor)
         return within_capacity(scores_TK, index_TK, experts=logits_TN.shape[-1], limit=limit)
 
@@ -130,8 +163,8 @@ class Router(BiasedRouter):
         return capacity(factor, tokens=tokens, top_k=self.selection.top_k, experts=experts)
 
     def _record(self, logits_TN: Tensor, index_TK: Tensor, chosen_TK: Tensor, kept_TK: Tensor) -> None:
-        probability_TN = router_probability(logits_TN, self.selection.order)
-        probability_N, z = probability_TN.mean(dim=0), z_loss(logits_TN)
+        probability_TN = router_probability(logits_TN, self.selection)
+        probability_N, z = probability_TN.mean(dim=0), z_loss(logits_TN, self.selection)
         # Activation checkpointing repeats the forward inside the backward: it must save what the first one saved, and
         # count nothing.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
@@ -141,5 +174,6 @@ class Router(BiasedRouter):
             self.step_load_N = load_N if self.step_load_N is None else self.step_load_N + load_N
             if self.measuring:
                 with torch.no_grad():
-                    sums = measure(probability_TN, index_TK, chosen_TK, kept_TK, load_N)
+                    granularity = self.selection.granularity
+                    sums = measure(probability_TN, index_TK, chosen_TK, kept_TK, load_N, granularity=granularity)
                 self.sums = sums if self.sums is None else self.sums + sums

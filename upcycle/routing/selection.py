@@ -17,12 +17,12 @@ SOFTMAX_OF_KEPT = ("granitemoeshared", "upcycled_moe")
 
 def native_selection(moe: MoeDescription) -> ExpertSelection:
     """How the routers of a native type choose experts."""
-    return ExpertSelection(top_k=moe.top_k, **_softmax(moe, moe.router_order))
+    return ExpertSelection(top_k=moe.top_k, granularity=moe.granularity, **_softmax(moe, moe.router_order))
 
 
 def selection_changes(moe: MoeDescription, router: RouterConfig) -> dict[str, Any]:
     """The fields of `ExpertSelection` that the options set; the checkpoint keeps the others."""
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"groups": moe.groups}
     if router.order is not None:
         changes |= _softmax(moe, router.order)
     if router.score == "sigmoid" and moe.router_order != "sigmoid_topk":
@@ -31,8 +31,6 @@ def selection_changes(moe: MoeDescription, router: RouterConfig) -> dict[str, An
         changes["renormalise"] = router.renormalise
     if router.scaling_factor is not None:
         changes["scaling_factor"] = router.scaling_factor
-    if router.select_groups is not None:
-        changes["group_size"] = moe.granularity if router.select_groups else 1
     return changes
 
 

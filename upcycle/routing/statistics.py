@@ -1,6 +1,6 @@
 """What routers did since the last reset, as sums on the device: reading them is what waits for it. Knows torch.
 
-Shapes: T tokens, N experts, K experts per token, L layers.
+Shapes: T tokens, N experts, K experts per token, G experts per virtual group, L layers.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class RoutingSums:
         dropped: assignments dropped for capacity, int64.
         entropy: of the router's probabilities, nats, float64.
         mass: the router's probability of the selected experts together, float64.
+        whole: tokens whose experts make whole FFNs, int64.
     """
 
     load: Tensor
@@ -28,13 +29,27 @@ class RoutingSums:
     dropped: Tensor
     entropy: Tensor
     mass: Tensor
+    whole: Tensor
 
     def __add__(self, other: RoutingSums) -> RoutingSums:
         return RoutingSums(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
 
+def whole_ffns(index_TK: Tensor, granularity: int, counted_TK: Tensor | None = None) -> Tensor:
+    """Which tokens' experts make whole FFNs: every shard position is there equally often, bool [T].
+
+    Args:
+        index_TK: expert indices; expert e*G+g is at position g.
+        granularity: G.
+        counted_TK: which of them count; None counts all.
+    """
+    counted = torch.ones_like(index_TK) if counted_TK is None else counted_TK.to(index_TK.dtype)
+    often_TG = index_TK.new_zeros(len(index_TK), granularity).scatter_add_(1, index_TK % granularity, counted)
+    return (often_TG == often_TG[:, :1]).all(dim=-1)
+
+
 def measure(
-    probability_TN: Tensor, index_TK: Tensor, chosen_TK: Tensor, kept_TK: Tensor, load_N: Tensor
+    probability_TN: Tensor, index_TK: Tensor, chosen_TK: Tensor, kept_TK: Tensor, load_N: Tensor, *, granularity: int
 ) -> RoutingSums:
     """The sums of one forward.
 
@@ -44,6 +59,7 @@ def measure(
         chosen_TK: which of them are no padding.
         kept_TK: which of those are within the experts' capacity.
         load_N: assignments per expert.
+        granularity: G.
     """
     return RoutingSums(
         load=load_N,
@@ -51,13 +67,15 @@ def measure(
         dropped=chosen_TK.sum() - kept_TK.sum(),
         entropy=torch.special.entr(probability_TN).sum(dtype=torch.float64),
         mass=(probability_TN.gather(-1, index_TK) * chosen_TK).sum(dtype=torch.float64),
+        whole=whole_ffns(index_TK, granularity, chosen_TK).sum(),
     )
 
 
 def no_sums(experts: int, device: torch.device) -> RoutingSums:
     """The sums of no forward at all."""
     count, real = torch.zeros((), dtype=torch.int64, device=device), torch.zeros((), dtype=torch.float64, device=device)
-    return RoutingSums(load=count.new_zeros(experts), tokens=count, dropped=count, entropy=real, mass=real)
+    load = count.new_zeros(experts)
+    return RoutingSums(load=load, tokens=count, dropped=count, entropy=real, mass=real, whole=count)
 
 
 def stack(layers: list[RoutingSums]) -> RoutingSums:

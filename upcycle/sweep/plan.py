@@ -22,6 +22,7 @@ from upcycle.sweep.job import status_of
 from upcycle.tracking.record import CHECKPOINTS, NOT_COMPARED
 from upcycle.tracking.schema import METRICS
 from upcycle.tracking.status import FINISHED
+from upcycle.tracking.versions import recorded
 from upcycle.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def directory_name(config: TrainConfig, seed: int) -> str:
 
 def config_hash(config: TrainConfig) -> str:
     """SHA-256 of the options that can change a number in a run, the seed among them."""
-    compared = {key: value for key, value in asdict(config).items() if key not in NOT_COMPARED}
+    compared = {key: value for key, value in recorded(asdict(config)).items() if key not in NOT_COMPARED}
     return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
 
 

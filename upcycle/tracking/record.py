@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from upcycle.errors import ConfigError, OutputError, RecordError, SourceError
 from upcycle.files import output_errors, write_all, write_text
 from upcycle.tracking.schema import SCHEMA_VERSION
+from upcycle.tracking.versions import upgraded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -150,7 +151,14 @@ def read_run(directory: Path) -> dict[str, Any]:
         raise _damaged(f"{directory}: {error}") from error
     if not isinstance(content, dict):
         raise _damaged(f"{directory}: {type(content).__name__} where an object should be")
-    return content
+    return dict(in_todays_words(content))
+
+
+def in_todays_words(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a run.json says, with today's names of options; another project's stays as it is."""
+    if content.get("schema") != SCHEMA_VERSION or any(each not in content for each in KNOWN_BY):
+        return content
+    return {**content, "config": upgraded(content["config"])}
 
 
 def _damaged(found: str) -> SourceError:

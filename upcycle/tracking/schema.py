@@ -58,6 +58,7 @@ METRICS = (
     _metric("moe/dropped_share", "1", "last", "share of (token, expert) pairs dropped for capacity"),
     _metric("moe/router_entropy", "nats", "last", "entropy of the router's distribution; mean over tokens and layers"),
     _metric("moe/selected_mass", "1", "last", "probability of the selected experts; mean over tokens and layers"),
+    _metric("moe/whole_ffns", "1", "last", "share of tokens whose experts make whole FFNs; mean over layers"),
     _metric("moe/dense_cosine", "1", "last", "cosine of an expert to the dense shard it came from; mean"),
     _metric("moe/group_cosine", "1", "last", "cosine between experts that came from the same shard; mean"),
     _metric("moe/layer_{layer}/load", "1", "last", "share of the tokens' choices that each expert got, a list"),
@@ -67,6 +68,7 @@ METRICS = (
     _metric("moe/layer_{layer}/dropped_share", "1", "last", "moe/dropped_share of one layer"),
     _metric("moe/layer_{layer}/router_entropy", "nats", "last", "moe/router_entropy of one layer"),
     _metric("moe/layer_{layer}/selected_mass", "1", "last", "moe/selected_mass of one layer"),
+    _metric("moe/layer_{layer}/whole_ffns", "1", "last", "moe/whole_ffns of one layer"),
     _metric("moe/layer_{layer}/dense_cosine", "1", "last", "cosine of each expert to its dense shard, a list"),
     _metric("moe/layer_{layer}/group_cosine", "1", "last", "moe/group_cosine of one layer"),
 )

@@ -9,6 +9,7 @@ import torch
 
 from upcycle.kernels.select import install_kernel
 from upcycle.routing.install import install_routers
+from upcycle.routing.release import joint
 from upcycle.train.fit import device_of
 from upcycle.train.flops import TRAINING_PASSES, forward_flops
 from upcycle.train.schedule import budget_steps, check_schedule
@@ -48,12 +49,15 @@ def equip(start: Start, config: TrainConfig) -> Equipment:
     if start.moe:
         dtype = compute_dtype(config.precision)
         kernel = install_kernel(start.model, config.kernel, device=device_of(config), dtype=dtype).name
-        routing = install_routers(start.model, start.moe, config.router, config.balance)
+        random = config.model == "scratch"
+        routing = install_routers(start.model, start.moe, config.router, config.balance, random=random)
     tokens_per_step = config.batch.sequences * config.sequence_length
     per_token = TRAINING_PASSES * forward_flops(start.model, start.moe, sequence_length=config.sequence_length)
     flops_per_step = per_token * tokens_per_step
     steps = budget_steps(config.budget, tokens_per_step=tokens_per_step, flops_per_step=flops_per_step)
     check_schedule(config.schedule, steps=steps)
+    if routing and config.router.release:
+        routing.joint = joint(config.router.release, steps=steps)
     return Equipment(
         kernel=kernel,
         routing=routing,

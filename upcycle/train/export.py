@@ -19,9 +19,10 @@ from upcycle.load import quietly
 from upcycle.manifest import FORMAT, MANIFEST
 from upcycle.model_config import load_config
 from upcycle.modeling import REMOTE_CODE_FILES
-from upcycle.moe_config import describe_config
+from upcycle.moe_config import describe_config, regrouped
 from upcycle.prepare import check_apart
 from upcycle.routing.export import export_fields
+from upcycle.routing.release import groups_at
 from upcycle.source import expanded
 from upcycle.tracking.record import CHECKPOINTS, MODEL, NOT_COMPARED, read_own_run
 from upcycle.train.checkpoints import read_checkpoint
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel
+
+    from upcycle.moe_config import MoeDescription
 
 PREFIX = "model."
 KEPT = ("train/loss", "val/loss", "train/tokens", "train/flops")
@@ -59,7 +62,8 @@ def export(config: ExportConfig, *, beside: Mapping[str, str] | None = None) -> 
     trained = TypeAdapter(TrainConfig).validate_python(run["config"])
     dtype = getattr(torch, config.dtype)
     with quietly():
-        model = _model(directory / MODEL, trained, run["manifest"], content["state_dict"])
+        groups = groups_at(trained.router, step=content["global_step"], steps=run["steps"]) or trained.moe.groups
+        model, moe = _model(directory / MODEL, trained, run["manifest"], content["state_dict"], groups)
         nn.Module.to(model, dtype)
         fingerprint = hashlib.sha256(json.dumps([run["config"], content["global_step"]]).encode()).hexdigest()
         with Staging.open(output, fingerprint=fingerprint, overwrite=config.overwrite, resume=False) as staging:
@@ -68,6 +72,8 @@ def export(config: ExportConfig, *, beside: Mapping[str, str] | None = None) -> 
                 shutil.copymode(staging.directory / "config.json", file)  # safetensors' is for its owner alone
             _beside(staging, directory / MODEL, model)
             manifest = {"format": FORMAT, **run["manifest"], "training": _training(run, content, config)}
+            if moe and "moe" in manifest:
+                manifest["moe"] = {**manifest["moe"], "groups": moe.groups}
             staging.write_text(MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
             card = trained_card(manifest, model_type=model.config.model_type, parameters=model.num_parameters())
             for name, text in {"README.md": card, **(beside or {})}.items():
@@ -77,32 +83,41 @@ def export(config: ExportConfig, *, beside: Mapping[str, str] | None = None) -> 
     return output
 
 
-def exported_config(description: Path, trained: TrainConfig, manifest: dict[str, Any]) -> Any:
-    """The transformers configuration of an exported run, which says how it routes.
+def exported_config(
+    description: Path, trained: TrainConfig, manifest: dict[str, Any], groups: str
+) -> tuple[Any, MoeDescription | None]:
+    """The transformers configuration of an exported run, which says how it routes, and what MoE it is.
+
+    Args:
+        description: directory of the run's own configuration.
+        trained: the run's options.
+        manifest: of what it started from.
+        groups: how experts are chosen, or auto.
 
     Raises:
         ConfigError: the model's type cannot store that; names the option.
     """
     config = load_config(description)
     target = TARGETS.get(config.model_type)
-    if target:
-        moe = describe_config(target, config, manifest)
-        for name, value in export_fields(moe, trained.router, trained.balance).items():
-            setattr(config, name, value)
-    return config
+    if target is None:
+        return config, None
+    moe = regrouped(describe_config(target, config, manifest), groups)
+    for name, value in export_fields(moe, trained.router, trained.balance).items():
+        setattr(config, name, value)
+    return config, moe
 
 
 def _model(
-    description: Path, trained: TrainConfig, manifest: dict[str, Any], state: dict[str, torch.Tensor]
-) -> PreTrainedModel:
+    description: Path, trained: TrainConfig, manifest: dict[str, Any], state: dict[str, torch.Tensor], groups: str
+) -> tuple[PreTrainedModel, MoeDescription | None]:
     from transformers import AutoModelForCausalLM
 
-    exported = exported_config(description, trained, manifest)
+    exported, moe = exported_config(description, trained, manifest, groups)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(exported, dtype=torch.float32)
     own = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
     model.load_state_dict(own)
     model.eval()
-    return model
+    return model, moe
 
 
 def _beside(staging: Staging, description: Path, model: PreTrainedModel) -> None:

@@ -165,6 +165,7 @@ def routing_row(sums: RoutingSums, layers: tuple[int, ...]) -> Row:
         "dropped_share": sums.dropped / load_LN.sum(-1).clamp_min(1),
         "router_entropy": sums.entropy / tokens_L,
         "selected_mass": sums.mass / tokens_L,
+        "whole_ffns": sums.whole / tokens_L,
     }
     row: Row = {}
     for name, values_L in by_layer.items():

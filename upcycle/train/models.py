@@ -30,7 +30,7 @@ from upcycle.load import (
 from upcycle.manifest import manifest_json, read_manifest
 from upcycle.materialise import Materialiser
 from upcycle.model_config import read_config
-from upcycle.moe_config import MoeDescription, describe_config, describe_moe
+from upcycle.moe_config import MoeDescription, describe_config, describe_moe, regrouped
 from upcycle.parallel.rank_layout import check_experts, check_heads
 from upcycle.prepare import prepare
 from upcycle.slices import SlicedTensor, SliceMaterialiser
@@ -180,7 +180,7 @@ def _scratch(config: TrainConfig, ranks: Ranks) -> Start:
     conversion = prepare(conversion_request(config), execute=False)
     check_experts(ranks.layout, conversion.plan.moe.experts)
     transformers_config = _transformers_config(output_config(conversion))
-    return _of_conversion(config, conversion, _random(transformers_config, ranks), _granularity(conversion))
+    return _of_conversion(config, conversion, _random(transformers_config, ranks), _groups(conversion))
 
 
 def _from_architecture(config: TrainConfig, architecture: dict[str, Any], ranks: Ranks) -> Start:
@@ -209,7 +209,7 @@ def _checkpoint(config: TrainConfig, ranks: Ranks) -> Start:
     directory = expanded(str(config.source))
     if read_config(directory).get("model_type") not in TARGETS:
         return _dense(config, ranks)
-    moe = describe_moe(directory)
+    moe = regrouped(describe_moe(directory), config.moe.groups)
     check_experts(ranks.layout, moe.experts)
     manifest = read_manifest(directory) or {}
     with laid_out(ranks.layout) as layout:
@@ -242,7 +242,13 @@ def dense_shards(source: DenseSource, moe: MoeDescription, request: ConvertConfi
     """The conversion to one group of unscaled experts: expert g is shard g of the dense FFN."""
     granularity = moe.granularity
     one_group = replace(
-        request.moe, expansion=1, granularity=granularity, top_k=granularity, shared_experts=0, layers=list(moe.layers)
+        request.moe,
+        expansion=1,
+        granularity=granularity,
+        top_k=granularity,
+        shared_experts=0,
+        layers=list(moe.layers),
+        groups="free",
     )
     init = replace(request.init, name="virtual_group", scaling="none")
     return prepare(replace(request, source=source.given, target="upcycled_moe", moe=one_group, init=init), execute=True)
@@ -260,9 +266,9 @@ def _of_conversion(
     )
 
 
-def _granularity(conversion: Conversion) -> dict[str, Any]:
+def _groups(conversion: Conversion) -> dict[str, Any]:
     """What a native type's config does not say about it."""
-    return {"moe": {"granularity": conversion.plan.moe.granularity}}
+    return {"moe": {"granularity": conversion.plan.moe.granularity, "groups": conversion.plan.moe.groups}}
 
 
 def _transformers_config(fields: dict[str, Any]) -> Any:

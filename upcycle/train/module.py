@@ -100,6 +100,11 @@ class TrainingModule(LightningModule):
             del scheduler["base_lrs"], scheduler["_last_lr"]
             scheduler["lr_lambdas"] = []
 
+    def on_train_start(self) -> None:
+        """Choose experts as the run does at this step."""
+        if self.routing:
+            self.routing.begin(self.global_step)
+
     def on_train_batch_start(self, _batch: Batch, batch_idx: int) -> int | None:
         """Leave the loop when a signal asked for it; otherwise seed the micro-batch."""
         if self.trainer.should_stop:

@@ -37,6 +37,7 @@ def fields(model: DenseModel, moe: MoeShape) -> dict[str, Any]:
         "ffn_dropout": getattr(model.config, dropout) if dropout else 0.0,
         "granularity": moe.granularity,
         "expansion": moe.expansion,
+        "groups": moe.groups,
         "auto_map": AUTO_MAP,
     }
 

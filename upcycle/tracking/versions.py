@@ -1,0 +1,39 @@
+"""Options that came or went while records of runs were kept: what an older record says in today's words."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def upgraded(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a recorded run with today's names; those of today stay as they are.
+
+    Before `moe.groups`, experts were chosen one by one unless `router.select_groups` was true.
+    """
+    now = deepcopy(dict(options))
+    whole = now["router"].pop("select_groups", None)
+    now["moe"].setdefault("groups", "whole" if whole else "free" if _has_groups(now) else "auto")
+    now["router"].setdefault("release", None)
+    return now
+
+
+def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Today's options as the first records have them: what tells two runs apart, whenever they were made."""
+    then = deepcopy(dict(options))
+    if not _has_groups(then) or (then["moe"]["groups"] == "free" and then["model"] != "checkpoint"):
+        del then["moe"]["groups"]
+    if then["router"]["release"] is None:
+        del then["router"]["release"]
+    then["router"]["select_groups"] = None
+    return then
+
+
+def _has_groups(options: Mapping[str, Any]) -> bool:
+    """Whether something depends on `moe.groups`: a checkpoint says itself how to choose, unless a way is named."""
+    if options["model"] == "checkpoint":
+        return bool(options["moe"].get("groups", "auto") != "auto")
+    return bool(options["model"] != "dense" and options["moe"]["granularity"] > 1)

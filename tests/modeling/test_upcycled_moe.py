@@ -413,7 +413,8 @@ def test_config_survives_a_round_trip(family, tmp_path):
     [
         ({"router_order": "softmax"}, "router_order must be one of"),
         ({"num_experts_per_tok": 3}, "between 1 and num_experts = 2, found 3"),
-        ({"select_groups": True, "granularity": 2}, "divisible by granularity = 2, found 2 and 1"),
+        ({"groups": "whole", "granularity": 2}, "divisible by granularity = 2, found 2 and 1"),
+        ({"groups": "some"}, "groups must be one of"),
     ],
 )
 def test_impossible_routing_is_refused(changes, message):

@@ -34,8 +34,8 @@ def router(
     rows = torch.randn(EXPERTS // granularity, HIDDEN, generator=torch.Generator().manual_seed(seed)) / 2
     native = nn.Linear(HIDDEN, EXPERTS, bias=False)
     native.weight = nn.Parameter(rows.repeat_interleave(granularity, dim=0))
-    chosen = ExpertSelection(top_k=top_k, **{"order": "softmax_topk"} | selection)
-    return Router(native, chosen, options or RouterConfig(), bias_N=bias, granularity=granularity).train()
+    chosen = ExpertSelection(top_k=top_k, granularity=granularity, **{"order": "softmax_topk"} | selection)
+    return Router(native, chosen, options or RouterConfig(), bias_N=bias).train()
 
 
 def routing(*routers: Router, **balance: Any) -> Routing:
@@ -44,5 +44,5 @@ def routing(*routers: Router, **balance: Any) -> Routing:
 
 def description(model_type: str = "upcycled_moe", **changes: Any) -> Any:
     """What the options are checked against; a MoeDescription has more fields, which nothing here reads."""
-    sizes = {"experts": 8, "top_k": 4, "granularity": 2, "router_order": "softmax_topk"}
+    sizes = {"experts": 8, "top_k": 4, "granularity": 2, "router_order": "softmax_topk", "groups": "free"}
     return SimpleNamespace(target=TARGETS[model_type], model_type=model_type, **sizes | changes)

@@ -10,7 +10,7 @@ from conversions import load, options, read_tensors, run
 from models import HIDDEN, token_ids
 
 from upcycle.model_config import load_config
-from upcycle.moe_config import describe_moe
+from upcycle.moe_config import describe_moe, regrouped
 from upcycle.routing.config import BalanceConfig, RouterConfig
 from upcycle.routing.install import install_routers
 
@@ -51,7 +51,7 @@ def converted(request, dense, tmp_path_factory):
     """A converted E4G2T2, and its routers large enough to be far from uniform."""
     name, target, order = request.param
     output = tmp_path_factory.mktemp("converted") / "moe"
-    return run(options(dense(name), output, target=target, router_order=order, router_std=0.3)).directory
+    return run(options(dense(name), output, target=target, router_order=order, router_std=0.3, groups="free")).directory
 
 
 def test_router_is_the_native_one_bit_for_bit(converted):
@@ -75,6 +75,21 @@ def test_router_is_the_native_one_bit_for_bit(converted):
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()
     assert all(after[name] is before[name] for name in before)
+
+
+def test_tied_rows_choose_what_plain_top_k_does(converted):
+    """In another order within a group, whose logits tie."""
+    model, moe = load(converted), regrouped(describe_moe(converted), "tied")
+    with torch.no_grad():
+        native = {layer: model.get_submodule(moe.router_path(layer))(x_TH()) for layer in moe.layers}
+        logits = model(token_ids()).logits
+        routing = install_routers(model, moe, *DEFAULTS)
+        for layer, router in routing.routers.items():
+            scores, weights, experts = router(x_TH())
+            assert torch.equal(scores, native[layer][0])
+            assert torch.equal(experts.sort(dim=-1).values, native[layer][2].sort(dim=-1).values)
+            assert torch.equal(weights, native[layer][1])
+        torch.testing.assert_close(model(token_ids()).logits, logits, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_saved_is_the_same_checkpoint(converted, tmp_path):

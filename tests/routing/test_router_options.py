@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -28,51 +29,77 @@ OPTIONS = {
     "jitter": {"options": RouterConfig(jitter=0.1)},
     "noise": {"options": RouterConfig(noisy_top_k=True)},
     "expert_choice": {"options": RouterConfig(expert_choice=True)},
-    "groups": {"group_size": 2, "top_k": 4},
+    "whole": {"granularity": 2, "groups": "whole", "top_k": 4},
+    "tied": {"granularity": 2, "groups": "tied", "top_k": 4},
+    "positions": {"granularity": 2, "groups": "positions", "top_k": 4},
+    "positions_topk_softmax": {"granularity": 2, "groups": "positions", "top_k": 4, "order": "topk_softmax"},
+    "positions_noise": {
+        "granularity": 2,
+        "groups": "positions",
+        "top_k": 4,
+        "options": RouterConfig(noisy_top_k=True, capacity_factor=0.7),
+    },
 }
 
 
-def slow_scores(logits: list[float], order: str) -> list[float]:
-    if order == "sigmoid_topk":
+def slow_scores(logits: list[float], selection: ExpertSelection) -> list[float]:
+    if selection.order == "sigmoid_topk":
         return [1 / (1 + math.exp(-z)) for z in logits]
-    total = sum(math.exp(z) for z in logits)
-    return [math.exp(z) / total for z in logits]
+    apart = selection.granularity if selection.groups == "positions" else 1
+    totals = [sum(math.exp(z) for z in logits[start::apart]) for start in range(apart)]
+    return [math.exp(z) / totals[e % apart] / apart for e, z in enumerate(logits)]
+
+
+def slow_choice(choice: list[float], selection: ExpertSelection) -> list[int]:
+    size, rounds = selection.granularity, selection.top_k // selection.granularity
+    if selection.groups == "free":
+        return sorted(range(len(choice)), key=lambda e: -choice[e])[: selection.top_k]
+    if selection.groups == "positions":
+        best = [sorted(range(g, len(choice), size), key=lambda e: -choice[e])[:rounds] for g in range(size)]
+        return [position[r] for r in range(rounds) for position in best]
+    groups = [list(range(start, start + size)) for start in range(0, len(choice), size)]
+    groups.sort(key=lambda group: -sum(choice[e] for e in group))
+    return [e for group in groups[:rounds] for e in group]
 
 
 def slow_selection(logits_TN, selection, bias=None):
     """One token after the other, in double precision."""
-    all_weights, all_experts, size = [], [], selection.group_size
+    all_weights, all_experts = [], []
+    apart = selection.granularity if selection.groups == "positions" else 1
     for logits in logits_TN.double().tolist():
-        scores = slow_scores(logits, selection.order)
+        scores = slow_scores(logits, selection)
         choice = [
             s + b for s, b in zip(scores, bias.tolist() if bias is not None else [0.0] * len(scores), strict=True)
         ]
-        groups = [list(range(start, start + size)) for start in range(0, len(scores), size)]
-        groups.sort(key=lambda group: -sum(choice[e] for e in group))
-        experts = [e for group in groups[: selection.top_k // size] for e in group]
+        experts = slow_choice(choice, selection)
         weights = [scores[e] for e in experts]
         if selection.order == "topk_softmax" or selection.renormalise:
-            weights = [w / sum(weights) for w in weights]
+            sums = [sum(w for w, e in zip(weights, experts, strict=True) if e % apart == g) for g in range(apart)]
+            weights = [w / sums[e % apart] / apart for w, e in zip(weights, experts, strict=True)]
         all_weights.append([w * selection.scaling_factor for w in weights])
         all_experts.append(experts)
     return torch.tensor(all_weights), torch.tensor(all_experts)
 
 
 @pytest.mark.parametrize("bias", [None, BIAS])
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("groups", ["free", "tied", "whole", "positions"])
 @pytest.mark.parametrize("renormalise", [False, True])
 @pytest.mark.parametrize("order", ["softmax_topk", "topk_softmax", "sigmoid_topk"])
-def test_selection_equals_a_slow_loop(order, renormalise, size, bias):
+def test_selection_equals_a_slow_loop(order, renormalise, groups, bias):
     logits = torch.randn(50, EXPERTS, generator=torch.Generator().manual_seed(0))
-    selection = ExpertSelection(top_k=4, order=order, renormalise=renormalise, scaling_factor=1.5, group_size=size)
+    selection = ExpertSelection(
+        top_k=4, order=order, renormalise=renormalise, scaling_factor=1.5, granularity=2, groups=groups
+    )
     weights, experts = select_experts(logits, selection, bias)
     slow_weights, slow_experts = slow_selection(logits, selection, bias)
     assert torch.equal(experts, slow_experts)
     torch.testing.assert_close(weights, slow_weights, **CLOSE)
-    # Mutants: the bias weighs too; the factor is forgotten.
+    # Mutants: the bias weighs too; the factor is forgotten; groups are not looked at.
     if bias is not None:
         assert not torch.allclose(select_experts(logits + bias, selection)[0], slow_weights, **CLOSE)
     assert not torch.allclose(weights / 1.5, slow_weights, **CLOSE)
+    if groups != "free":
+        assert not torch.equal(select_experts(logits, replace(selection, groups="free"), bias)[1], slow_experts)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -10,12 +10,12 @@ from routers import description
 from transformers import AutoModelForCausalLM
 
 from upcycle.errors import ConfigError
-from upcycle.moe_config import describe_moe
+from upcycle.moe_config import describe_moe, regrouped
 from upcycle.routing.config import BalanceConfig, RouterConfig, Schedule
 from upcycle.routing.export import export_fields
 from upcycle.routing.install import install_routers
 
-SIGMOID = RouterConfig(score="sigmoid", scaling_factor=2.5, select_groups=True)
+SIGMOID = RouterConfig(score="sigmoid", scaling_factor=2.5)
 
 
 def trained(directory, router, balance):
@@ -42,7 +42,7 @@ def logits(model):
 @pytest.fixture
 def converted(dense, tmp_path):
     """An upcycled_moe E4G2T4 with routers far from uniform."""
-    changes = {"target": "upcycled_moe", "top_k": 4, "router_std": 0.3}
+    changes = {"target": "upcycled_moe", "top_k": 4, "router_std": 0.3, "groups": "whole"}
     return run(options(dense("llama"), tmp_path / "moe", **changes)).directory
 
 
@@ -75,8 +75,9 @@ def test_a_bias_that_the_checkpoint_lacks_is_zero(converted):
 
 def test_expert_choice_of_a_checkpoint_with_a_bias_is_refused(converted):
     model = AutoModelForCausalLM.from_pretrained(converted, router_correction_bias=True)
+    moe = regrouped(describe_moe(converted), "free")
     with pytest.raises(ConfigError, match="score plus a bias"):
-        install_routers(model, describe_moe(converted), RouterConfig(expert_choice=True), BalanceConfig())
+        install_routers(model, moe, RouterConfig(expert_choice=True), BalanceConfig())
 
 
 @pytest.mark.parametrize("order", ["softmax_topk", "topk_softmax"])
@@ -111,21 +112,22 @@ def test_another_order_survives(target, order, dense, tmp_path):
         ("upcycled_moe", {"router_order": "sigmoid_topk"}, {"renormalise": False}, {}, {"router_renormalise": False}),
         (
             "upcycled_moe",
-            {},
-            {"select_groups": True, "scaling_factor": 2.0},
+            {"groups": "whole"},
+            {"scaling_factor": 2.0},
             {"bias_update": 0.1},
-            {"select_groups": True, "routed_scaling_factor": 2.0, "router_correction_bias": True},
+            {"routed_scaling_factor": 2.0, "router_correction_bias": True},
         ),
     ],
 )
 def test_fields(model_type, moe, router, balance, fields):
     found = export_fields(description(model_type, **moe), RouterConfig(**router), BalanceConfig(**balance))
-    assert found == {**fields, "router_aux_loss_coef": 0.0}
+    stored = {"groups": moe.get("groups", "free")} if model_type == "upcycled_moe" else {}
+    assert found == {**fields, **stored, "router_aux_loss_coef": 0.0}
 
 
 def test_the_last_coefficient_is_stored_over_k():
     balance = BalanceConfig(aux_loss=Schedule(start=1.0, end=0.2, steps=10))
-    assert export_fields(description(), RouterConfig(), balance) == {"router_aux_loss_coef": 0.05}
+    assert export_fields(description(), RouterConfig(), balance)["router_aux_loss_coef"] == 0.05
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo", "olmoe", "granitemoeshared"])
@@ -134,7 +136,6 @@ def test_the_last_coefficient_is_stored_over_k():
     [
         ({"score": "sigmoid"}, {}, "router.score=sigmoid cannot be stored in {type}(.|\n)*target=upcycled_moe"),
         ({"scaling_factor": 2.0}, {}, "router.scaling_factor=2.0 cannot be stored in {type}"),
-        ({"select_groups": True}, {}, "router.select_groups=True cannot be stored in {type}"),
         ({}, {"bias_update": 0.1}, "balance.bias_update=0.1 cannot be stored in {type}"),
         ({"expert_choice": True}, {}, "router.expert_choice=true cannot be stored in any type"),
     ],
@@ -142,6 +143,13 @@ def test_the_last_coefficient_is_stored_over_k():
 def test_refused_by_native_types(model_type, router, balance, message):
     with pytest.raises(ConfigError, match=message.format(type=model_type)):
         export_fields(description(model_type), RouterConfig(**router), BalanceConfig(**balance))
+
+
+@pytest.mark.parametrize("groups", ["whole", "positions"])
+def test_native_types_refuse_what_is_no_plain_top_k(groups):
+    with pytest.raises(ConfigError, match=f"moe.groups={groups} cannot be stored in mixtral(.|\n)*moe.groups=tied"):
+        export_fields(description("mixtral", groups=groups), RouterConfig(), BalanceConfig())
+    assert "groups" not in export_fields(description("mixtral", groups="tied"), RouterConfig(), BalanceConfig())
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "granitemoeshared"])

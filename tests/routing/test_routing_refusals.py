@@ -8,8 +8,9 @@ from routers import description
 
 from upcycle.errors import ConfigError
 from upcycle.routing.check import check_routing
-from upcycle.routing.config import BalanceConfig, RouterConfig, Schedule
+from upcycle.routing.config import BalanceConfig, Release, RouterConfig, Schedule
 
+POSITIONS_LATER = Release(until=0.3, then="positions")
 SIGMOID = {"router_order": "sigmoid_topk"}
 REFUSED = [
     ({"score": "sofmax"}, {}, {}, "unknown router.score(.|\n)*did you mean softmax"),
@@ -29,19 +30,34 @@ REFUSED = [
     ({"score": "softmax"}, {}, SIGMOID, "the checkpoint's scores are sigmoids"),
     ({"renormalise": False}, {}, {}, "router.renormalise is for sigmoid scores"),
     ({}, {}, {"top_k": 9}, "top_k must be between 1 and the number of experts(.|\n)*top_k=9 of 8"),
-    ({"select_groups": True}, {}, {"top_k": 3}, "router.select_groups needs virtual groups"),
-    ({"select_groups": True}, {}, {"granularity": 1}, "router.select_groups needs virtual groups"),
+    ({}, {}, {"groups": "whole", "top_k": 3}, "moe.groups=whole needs a top_k(.|\n)*set moe.top_k to 2 or 4"),
+    (
+        {},
+        {},
+        {"groups": "positions", "granularity": 1},
+        "moe.groups=positions needs virtual groups, and there are none",
+    ),
+    ({}, {}, {"groups": "tied", "granularity": 3}, "moe.groups=tied needs virtual groups"),
+    ({"release": Release(until=1.0, then="free")}, {}, {"groups": "tied"}, "release.until is outside the budget"),
+    ({"release": Release(until=0.0, then="free")}, {}, {"groups": "tied"}, "release.until is outside the budget"),
+    ({"release": Release(until=0.3, then="free")}, {}, {}, "router.release needs groups that hold until then"),
+    ({"release": Release(until=0.3, then="whole")}, {}, {"groups": "tied"}, "then free or positions"),
+    ({"release": POSITIONS_LATER}, {}, {"groups": "positions"}, "another way to choose afterwards"),
+    ({"expert_choice": True, "release": POSITIONS_LATER}, {}, {"groups": "tied"}, "true with moe.groups=positions"),
     ({"expert_choice": True}, {"bias_update": 0.1}, {}, "expert_choice=true with balance.bias_update=0.1"),
     ({"expert_choice": True}, {"aux_loss": 0.1}, {}, "expert_choice=true with balance.aux_loss=0.1"),
-    ({"expert_choice": True, "select_groups": True}, {}, {}, "expert_choice=true with router.select_groups=true"),
+    ({"expert_choice": True}, {}, {"groups": "whole"}, "expert_choice=true with moe.groups=whole(.|\n)*tied or free"),
+    ({"expert_choice": True}, {}, {"groups": "positions"}, "expert_choice=true with moe.groups=positions"),
 ]
 ACCEPTED = [
     ({}, {}, {}),
-    ({"score": "softmax", "renormalise": True, "scaling_factor": 1.0, "select_groups": False}, {}, {}),
+    ({"score": "softmax", "renormalise": True, "scaling_factor": 1.0}, {}, {}),
     ({"score": "sigmoid", "renormalise": False}, {"bias_update": 1e-3}, {}),
     ({"renormalise": False, "scaling_factor": 2.5}, {}, SIGMOID),
     ({"score": "softmax", "order": "topk_softmax"}, {}, SIGMOID),
-    ({"select_groups": True, "capacity_factor": 1.25}, {"aux_loss": 0.01, "statistics": "global_batch"}, {}),
+    ({"capacity_factor": 1.25}, {"aux_loss": 0.01, "statistics": "global_batch"}, {"groups": "whole"}),
+    ({"expert_choice": True}, {}, {"groups": "tied"}),
+    ({"release": POSITIONS_LATER}, {}, {"groups": "tied"}),
     ({"expert_choice": True, "capacity_factor": 2.0}, {"z_loss": Schedule(start=0.0, end=1e-3, steps=1)}, {}),
 ]
 

@@ -36,7 +36,7 @@ ARMS = {
         "target=upcycled_moe",
         "router.score=sigmoid",
         "router.scaling_factor=2",
-        "router.select_groups=true",
+        "moe.groups=whole",
         "balance.bias_update=0.05",
     ],
     "scratch": ["model=scratch", *training.SMALL_MOE],

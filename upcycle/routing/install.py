@@ -77,6 +77,10 @@ class Routing:
         for router in self.routers.values():
             router.measuring = value
 
+    def released(self, done: int) -> bool:
+        """Whether groups need no longer hold after `done` optimizer steps."""
+        return self.joint is not None and done >= self.joint.step
+
     def losses(self, step: int) -> Losses:
         """Return the balancing losses of the last forward.
 

@@ -5,6 +5,7 @@ Shapes: L MoE layers, N experts.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from dataclasses import asdict
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from upcycle.train.similarity import Matrices
 
 Row = dict[str, Any]
+WHOLE = 0.9  # share of tokens with whole FFNs below which a run has lost its start
+_log = logging.getLogger("upcycle")
 
 
 class TrainingMetrics(Callback):
@@ -60,14 +63,15 @@ class TrainingMetrics(Callback):
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self._since: tuple[float, int] = (0.0, 0)
+        self._watching = False
 
     def state_dict(self) -> dict[str, Any]:
         """The sums over all ranks, so that a run can go on with another number of them."""
-        return {"sums": self._total(), "steps": self._steps}
+        return {"sums": self._total(), "steps": self._steps, "watching": self._watching}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The ranks with the first samples take the sums of all."""
-        self._steps = state_dict["steps"]
+        self._steps, self._watching = state_dict["steps"], state_dict["watching"]
         self._sums = {
             name: value if self._ranks.data_rank == 0 else torch.zeros_like(value)
             for name, value in state_dict["sums"].items()
@@ -106,8 +110,26 @@ class TrainingMetrics(Callback):
                 self._sums[name] = self._sums.get(name, 0.0) + value.detach().double() / micro_batches
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._steps += 1
+            if trainer.global_step == 1 and self._routing:
+                self._watching = whole_share(self._over_ranks(pl_module.routing.statistics())) > WHOLE
             if trainer.global_step % self._every == 0:
-                self._record.log(self._row(trainer.global_step, pl_module), step=trainer.global_step)
+                row = self._row(trainer.global_step, pl_module)
+                self._record.log(row, step=trainer.global_step)
+                self._watch(row, trainer.global_step, pl_module)
+
+    def _watch(self, row: Row, step: int, module: Any) -> None:
+        """Say once that whole FFNs have become few in a run that started with them."""
+        if not self._watching or row["moe/whole_ffns"] >= WHOLE:
+            return
+        self._watching = False
+        if self._ranks.main and not module.routing.released(step):
+            _log.warning(
+                "step %d: %.0f %% of tokens have experts that make whole FFNs, and all had at the start: virtual "
+                "groups have come apart, and with them what the dense model knew. Start again with moe.groups=tied, or "
+                "with moe.groups=positions and target=upcycled_moe",
+                step,
+                100 * row["moe/whole_ffns"],
+            )
 
     def _row(self, step: int, module: Any) -> Row:
         means = {name: float(total) / self._steps for name, total in self._total().items()}
@@ -146,6 +168,11 @@ class TrainingMetrics(Callback):
 
     def _clock(self) -> float:
         return time.perf_counter() - sum(each.seconds for each in self._apart)
+
+
+def whole_share(sums: RoutingSums) -> float:
+    """Share of tokens whose experts make whole FFNs, over all layers."""
+    return float(sums.whole.sum() / sums.tokens.sum().clamp_min(1))
 
 
 def routing_row(sums: RoutingSums, layers: tuple[int, ...]) -> Row:

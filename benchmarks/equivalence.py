@@ -54,7 +54,7 @@ def measure(name: str, options: list[str], source: Path, moe: Path) -> dict[str,
         stderr=subprocess.DEVNULL,
     )
     report = json.loads((moe / "equivalence.json").read_text())
-    kept = ("model_type", "dense_loss", "moe_loss", "loss_gap", "kl", "top1_agreement", "whole_groups")
+    kept = ("model_type", "dense_loss", "moe_loss", "loss_gap", "kl", "top1_agreement", "whole_ffns")
     row = {"case": name, "options": options, **{key: report[key] for key in kept}}
     row["max_ffn_relative_error"] = report["max_ffn_relative_error"]
     print(name, f"{row['moe_loss']:.4f} {100 * row['loss_gap']:+.4f} %", flush=True)
@@ -63,11 +63,11 @@ def measure(name: str, options: list[str], source: Path, moe: Path) -> dict[str,
 
 def table(rows: list[dict[str, Any]]) -> Table:
     shown = Table(title="SmolLM2-135M, argparse.py, float32")
-    for column in ("case", "type", "dense loss", "MoE loss", "gap %", "KL", "top-1 %", "whole groups %"):
+    for column in ("case", "type", "dense loss", "MoE loss", "gap %", "KL", "top-1 %", "whole FFNs %"):
         shown.add_column(column, justify="left" if column in ("case", "type") else "right")
     for row in rows:
         gap, kl = f"{100 * row['loss_gap']:+.4f}", f"{row['kl']:.1e}"
-        shares = (f"{100 * row[name]:.2f}" for name in ("top1_agreement", "whole_groups"))
+        shares = (f"{100 * row[name]:.2f}" for name in ("top1_agreement", "whole_ffns"))
         losses = (f"{row[name]:.4f}" for name in ("dense_loss", "moe_loss"))
         shown.add_row(row["case"], row["model_type"], *losses, gap, kl, *shares)
     return shown

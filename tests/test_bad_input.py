@@ -96,6 +96,19 @@ REQUESTS = {
         "softmax_topp",
         "did you mean softmax_topk",
     ),
+    "groups": Bad(("moe.groups=tide",), ("moe.groups", "free, tied, whole, positions"), "tide", "did you mean tied?"),
+    "groups without groups": Bad(
+        ("moe.groups=positions", "moe.granularity=1"),
+        ("moe.groups=positions needs virtual groups, and there are none",),
+        found="granularity=1, 2 experts",
+        remedy="leave moe.groups out",
+    ),
+    "groups that a native type lacks": Bad(
+        ("moe.groups=positions", "target=qwen2_moe"),
+        ("target=qwen2_moe cannot express", "a type that can: upcycled_moe"),
+        found="moe.groups is positions, it can express tied (the router rows of a group stay equal",
+        remedy="set target=upcycled_moe",
+    ),
     "init": Bad(("init=drp",), ("unknown value for init", "virtual_group"), found="drp", remedy="did you mean drop?"),
     "init.name": Bad(("init.name=drp",), ("unknown value for init",), found="drp", remedy="did you mean drop?"),
     "init.scaling": Bad(

@@ -16,7 +16,7 @@ from upcycle.config import VerifyConfig
 from upcycle.errors import ConfigError, OutputError, SourceError
 from upcycle.report import FIGURE, REPORT, report_table, write_report
 from upcycle.text import DEFAULT_TEXT
-from upcycle.verify import verify, whole_groups
+from upcycle.verify import verify
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,7 +45,7 @@ def test_a_lossless_conversion_passes(text_model: Path, tmp_path: Path, target: 
     assert abs(report["kl"]) < 1e-4
     assert report["max_ffn_relative_error"] < 1e-3
     assert report["top1_agreement"] > 0.95
-    assert report["whole_groups"] == 1.0
+    assert report["whole_ffns"] == 1.0
     assert [layer["layer"] for layer in report["layers"]] == [0, 1]
 
 
@@ -91,20 +91,7 @@ def test_a_damaged_conversion_is_seen(text_model: Path, text_moe: Path, tmp_path
     others = [entry for entry in report["layers"] if entry["layer"] != layer]
     assert all(entry["ffn_relative_error"] < 1e-3 for entry in others)
     if mutate is untie_router_rows:
-        assert report["layers"][0]["whole_groups"] < 1.0
-
-
-@pytest.mark.parametrize(
-    ("indices", "granularity", "expected"),
-    [
-        ([[0, 1], [2, 3], [1, 2]], 2, [True, True, False]),
-        ([[5, 0, 4, 1]], 2, [True]),
-        ([[5, 0, 3, 1]], 2, [False]),
-        ([[4], [7]], 1, [True, True]),
-    ],
-)
-def test_whole_groups(indices: list[list[int]], granularity: int, expected: list[bool]) -> None:
-    assert whole_groups(torch.tensor(indices), granularity).tolist() == expected
+        assert report["layers"][0]["whole_ffns"] < 1.0
 
 
 def test_the_report_is_written_and_shown(text_model: Path, text_moe: Path, tmp_path: Path) -> None:
@@ -118,7 +105,7 @@ def test_the_report_is_written_and_shown(text_model: Path, text_moe: Path, tmp_p
     console = Console(record=True, width=120)
     console.print(report_table(report))
     shown = console.export_text()
-    for expected in ("dense loss", "KL", "whole groups", "equivalent"):
+    for expected in ("dense loss", "KL", "whole FFNs", "equivalent"):
         assert expected in shown
 
 

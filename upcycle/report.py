@@ -50,7 +50,7 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
         ("gap", f"{100 * report['loss_gap']:+.4f} % (tolerance {100 * report['tolerance']:g} %)"),
         ("KL(dense || MoE)", f"{report['kl']:.3e} nats per token"),
         ("same top-1 token", f"{100 * report['top1_agreement']:.2f} %"),
-        ("whole groups", f"{100 * report['whole_groups']:.3f} % of routed tokens"),
+        ("whole FFNs", f"{100 * report['whole_ffns']:.3f} % of routed tokens"),
         ("FFN output error", f"at most {report['max_ffn_relative_error']:.3e} of its norm"),
     ]
     for row in rows:
@@ -62,10 +62,10 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
 
 def _layer_table(report: Mapping[str, Any]) -> Table:
     table = Table(box=box.SIMPLE, title="by layer")
-    for column in ("layer", "FFN output error", "whole groups"):
+    for column in ("layer", "FFN output error", "whole FFNs"):
         table.add_column(column, justify="right")
     for layer in report["layers"]:
-        error, whole = layer["ffn_relative_error"], layer["whole_groups"]
+        error, whole = layer["ffn_relative_error"], layer["whole_ffns"]
         table.add_row(str(layer["layer"]), f"{error:.3e}", f"{100 * whole:.3f} %")
     return table
 

@@ -1,4 +1,4 @@
-"""Dense against MoE on real text: losses, distributions, every FFN block's output, whole groups."""
+"""Dense against MoE on real text: losses, distributions, every FFN block's output, whole FFNs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from upcycle.errors import ConfigError, SourceError
 from upcycle.load import ffn_modules, load_checkpoint, load_dense
 from upcycle.manifest import read_manifest
 from upcycle.moe_config import MoeDescription, describe_moe
+from upcycle.routing.statistics import whole_ffns
 from upcycle.source import open_source
 from upcycle.text import DEFAULT_TEXT, sample_tokens
 
@@ -40,7 +41,7 @@ class Sums:
         kl: KL(dense || MoE) of the next-token distributions in nats.
         agreed: tokens with the same most likely continuation.
         error, norm: by layer, squared norms of the FFN output's difference and of the dense FFN's output.
-        routed, whole: by layer, tokens routed, and those whose selected experts form whole groups.
+        routed, whole: by layer, tokens routed, and those whose selected experts make whole FFNs.
     """
 
     tokens: int = 0
@@ -100,7 +101,7 @@ def _measure(
     with _compare_ffns(ffn_modules(dense, ffn_path, moe.layers), blocks, sums):
         dense_logits = dense(input_ids=ids).logits[0, :-1]
     routers = {layer: reduce(getattr, moe.router_path(layer).split("."), model) for layer in moe.layers}
-    with _count_groups(routers, moe.granularity, sums):
+    with _count_whole(routers, moe.granularity, sums):
         moe_logits = model(input_ids=ids).logits[0, :-1]
     for rows in range(0, len(dense_logits), ROWS_AT_ONCE):
         part = slice(rows, rows + ROWS_AT_ONCE)
@@ -137,10 +138,10 @@ def _compare_ffns(ffns: Mapping[int, nn.Module], blocks: Mapping[int, list[nn.Mo
 
 
 @contextmanager
-def _count_groups(routers: Mapping[int, nn.Module], granularity: int, sums: Sums) -> Iterator[None]:
+def _count_whole(routers: Mapping[int, nn.Module], granularity: int, sums: Sums) -> Iterator[None]:
     def watch(layer: int) -> Any:
         def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-            whole = whole_groups(output[2], granularity)
+            whole = whole_ffns(output[2], granularity)
             sums.whole[layer] = sums.whole.get(layer, 0) + int(whole.sum())
             sums.routed[layer] = sums.routed.get(layer, 0) + len(whole)
 
@@ -160,16 +161,6 @@ def _hooks(hooks: Mapping[nn.Module, Any]) -> Iterator[None]:
             handle.remove()
 
 
-def whole_groups(indices: Tensor, granularity: int) -> Tensor:
-    """Which tokens' selected experts form whole groups: [tokens, K] expert indices -> [tokens] booleans.
-
-    A group is experts e*G to e*G+G-1; it is whole when all G are selected.
-    """
-    groups = indices // granularity
-    same_group = groups[:, :, None] == groups[:, None, :]
-    return (same_group.sum(-1) == granularity).all(-1)
-
-
 def _report(
     config: VerifyConfig, moe: MoeDescription, sums: Sums, file: Path, tokens: int, manifest: Mapping[str, Any] | None
 ) -> dict[str, Any]:
@@ -179,7 +170,7 @@ def _report(
         {
             "layer": layer,
             "ffn_relative_error": (sums.error[layer] / sums.norm[layer]) ** 0.5,
-            "whole_groups": sums.whole[layer] / sums.routed[layer],
+            "whole_ffns": sums.whole[layer] / sums.routed[layer],
         }
         for layer in moe.layers
     ]
@@ -195,7 +186,7 @@ def _report(
         "loss_gap": gap,
         "kl": sums.kl / sums.tokens,
         "top1_agreement": sums.agreed / sums.tokens,
-        "whole_groups": sum(sums.whole.values()) / sum(sums.routed.values()),
+        "whole_ffns": sum(sums.whole.values()) / sum(sums.routed.values()),
         "max_ffn_relative_error": max(layer["ffn_relative_error"] for layer in layers),
         "layers": layers,
         "expected_losses": manifest["losses"] if manifest else None,

@@ -21,13 +21,17 @@ LOSSLESS = {
     "two_groups_and_shared": {"top_k": 4, "shared_experts": 1},
     "every_2": {"layers": "every_2"},
     "first_layer": {"layers": [0]},
+    "whole": {"top_k": 4, "groups": "whole"},
+    "positions": {"top_k": 4, "groups": "positions"},
+    "positions_and_shared": {"groups": "positions", "shared_experts": 1},
+    "copies_by_position": {"init": "copy", "top_k": 4, "groups": "positions"},
 }
 LOSSY = {
     "drop": {"init": "drop", "ratio": 0.5},
     "drop_independent": {"init": "drop", "ratio": 0.5, "neurons": "independent"},
     "noise": {"init": "noise", "std": 0.1},
     "random": {"init": "random", "scaling": "none", "std": 0.02},
-    "copy_of_shards": {"init": "copy", "granularity": 2},
+    "copy_of_shards": {"init": "copy", "granularity": 2, "groups": "free"},
     "no_scaling": {"scaling": "none"},
     "another_factor": {"scaling": 3},
 }
@@ -68,6 +72,16 @@ def test_softmax_over_all_selected_experts_leaves_nothing(name, dense, dense_out
     """With every expert active the router's weights add up to 1, so even softmax-then-topK is exact."""
     done = conversions.run(options(dense(name), tmp_path / "moe", top_k=8, router_std=0.5))
     assert_lossless(done.directory, dense_outputs(name), TOLERANCE["topk_softmax"])
+
+
+@pytest.mark.parametrize("name", models.ONE_PER_FAMILY)
+def test_by_position_it_is_exact_without_ties(name, dense, dense_outputs, tmp_path):
+    """Whatever the rows: each expert has a wide one of its own. Chosen one by one, the same experts lose the FFN."""
+    changes = {"init": "copy", "router_order": "topk_softmax", "top_k": 4, "router_std": 0.5, "target": "upcycled_moe"}
+    done = conversions.run(options(dense(name), tmp_path / "positions", groups="positions", **changes))
+    assert_lossless(done.directory, dense_outputs(name), TOLERANCE["topk_softmax"])
+    mutant = conversions.run(options(dense(name), tmp_path / "free", groups="free", **changes))
+    assert gap(mutant.directory, dense_outputs(name)) > FAR
 
 
 @pytest.mark.parametrize("std", [0.5, 0.02])

@@ -13,6 +13,7 @@ import training
 from launching import on_ranks
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
+from upcycle.routing.ties import is_tied
 from upcycle.train.checkpoints import read_checkpoint
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ LAYOUTS = {
 }
 DATA_RANKS = dict(zip(LAYOUTS, (2, 2, 2, 4, 4, 2), strict=True))
 UPCYCLE = ("model=upcycle", "moe.expansion=8", "moe.granularity=1", "moe.top_k=2", "init.router_std=0.1")
+GROUPED = ("model=upcycle", "moe.expansion=2", "moe.granularity=4", "moe.top_k=4", "init.router_std=0.1")
 TYPES = {
     "qwen3_moe": (*UPCYCLE, "moe.router_order=topk_softmax"),
     "qwen2_moe": UPCYCLE,
@@ -43,11 +45,18 @@ TYPES = {
     "dense": ("model=dense",),
     "shared": (*UPCYCLE, "target=qwen2_moe", "moe.shared_experts=1"),
     "tied": (*UPCYCLE, "target=mixtral", "moe.router_order=topk_softmax"),
+    # Four rows a group: a rank of four holds half of one.
+    "groups_tied": (*GROUPED, "moe.groups=tied"),
+    "groups_whole": (*GROUPED, "moe.groups=whole"),
+    "groups_positions": (*GROUPED, "moe.groups=positions", "balance.bias_update=0.001"),
+    "groups_released": (*GROUPED, "moe.groups=whole", "router.release={until: 0.5, then: positions}"),
 }
+HOLDING = [kind for kind in TYPES if kind.startswith("groups_")]
 MAIN_LAYOUTS, MAIN_TYPES = list(LAYOUTS)[:4], list(TYPES)[:6]
 CASES = [(kind, layout) for kind in MAIN_TYPES for layout in MAIN_LAYOUTS]
 CASES += [(kind, layout) for kind in ("shared", "tied") for layout in ("fsdp2 x ep2", "fsdp2 x tp2 x ep4")]
 CASES += [(kind, layout) for kind in ("qwen2_moe", "upcycled_moe") for layout in ("fsdp4 x ep2", "fsdp2 x tp2 x ep2")]
+CASES += [(kind, layout) for kind in HOLDING for layout in ("fsdp2 x ep2", "fsdp2 x tp2 x ep4")]
 MUTANTS = {
     "loads of one rank": "fsdp2 x ep2",
     "clipping by one rank's norm": "fsdp2 x ep2",
@@ -165,7 +174,13 @@ def assert_same(one: Path, other: Path, *, but: Collection[str] = ()) -> None:
 def test_as_in_one_process(
     kind: str, layout: str, runs: Callable[[int], dict[tuple[str, str], Path]], alone: Callable[[str], Path]
 ) -> None:
-    assert_same(runs(LAYOUTS[layout][0])[kind, layout], alone(kind))
+    run = runs(LAYOUTS[layout][0])[kind, layout]
+    assert_same(run, alone(kind))
+    if kind == "groups_tied":
+        state = read_checkpoint(run / "checkpoints/last.ckpt")["state_dict"]
+        routers = [weight for name, weight in state.items() if name.endswith("mlp.gate.weight")]
+        assert routers
+        assert all(is_tied(weight, 4) for weight in routers)
 
 
 @pytest.mark.parametrize(("mutant", "layout"), MUTANTS.items())

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from upcycle.config import InspectConfig
 from upcycle.errors import ConfigError, OutputError, RecordError, SourceError
 from upcycle.inspection import inspect, inspection_table
+from upcycle.moe_config import describe_moe
 from upcycle.train.config import ExportConfig
 from upcycle.train.export import export
 
@@ -40,7 +41,17 @@ ARMS = {
         "balance.bias_update=0.05",
     ],
     "scratch": ["model=scratch", *training.SMALL_MOE],
+    "positions": ["model=upcycle", *training.SMALL_MOE, "moe.groups=positions", "moe.top_k=4"],
+    "free": ["model=upcycle", *training.SMALL_MOE, "moe.groups=free"],
+    "released": [
+        "model=upcycle",
+        *training.SMALL_MOE,
+        "target=upcycled_moe",
+        "moe.groups=tied",
+        "router.release={until: 0.5, then: positions}",
+    ],
 }
+STORED = {"native": "tied", "softmax_topk": "tied", "generic": "whole", "released": "positions"}
 
 
 def request(run: Path, output: Path, **changes: object) -> ExportConfig:
@@ -64,6 +75,43 @@ def test_the_export_is_what_was_trained(text: Path, text_model: Path, tmp_path: 
     assert training_record["step"] == 6
     assert f"| val/loss | {run.record.last['val/loss']:,.6g} |" in (directory / "README.md").read_text()
     assert training_record["summary"]["val/loss"] == run.record.last["val/loss"]
+    if arm != "dense":
+        groups = STORED.get(arm, arm)
+        assert arm == "scratch" or describe_moe(directory).groups == groups
+        assert arm not in ("generic", "released", "positions") or loaded.config.groups == groups
+
+
+def test_tied_rows_are_exported_tied(text: Path, text_model: Path, tmp_path: Path) -> None:
+    """So the native type's own top-k keeps groups whole; it goes on as it was, and not where rows have parted."""
+    made = (f"source='{text_model}'", *ARMS["softmax_topk"])
+    training.run(training.options(text, tmp_path / "run", *made))
+    directory = export(request(tmp_path / "run", tmp_path / "out"))
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    moe = describe_moe(directory)
+    weights = [loaded.get_submodule(moe.router_path(layer)).weight for layer in moe.layers]
+    assert all(torch.equal(weight[0::2], weight[1::2]) for weight in weights)
+    again = ("model=checkpoint", f"source='{directory}'")
+    run = training.run(training.options(text, tmp_path / "again", *again, "budget.steps=2"))
+    assert run.module.moe is not None
+    assert run.module.moe.groups == "tied"
+
+    training.run(training.options(text, tmp_path / "free", *again, "moe.groups=free", "budget.steps=2"))
+    torn = export(request(tmp_path / "free", tmp_path / "torn"))
+    assert describe_moe(torn).groups == "free"
+    torn_again = training.options(text, tmp_path / "no", "model=checkpoint", f"source='{torn}'", "moe.groups=tied")
+    with pytest.raises(ConfigError, match=r"rows of layer 0 that differ(.|\n)*moe.groups=free"):
+        training.run(torn_again)
+
+
+def test_a_way_to_choose_that_the_type_lacks(text: Path, text_model: Path, tmp_path: Path) -> None:
+    """Of a native checkpoint that was trained by position: refused at export, with what it takes."""
+    made = (f"source='{text_model}'", *ARMS["softmax_topk"])
+    training.run(training.options(text, tmp_path / "run", *made))
+    native = export(request(tmp_path / "run", tmp_path / "out"))
+    again = ("model=checkpoint", f"source='{native}'", "moe.groups=positions", "budget.steps=2")
+    training.run(training.options(text, tmp_path / "again", *again))
+    with pytest.raises(ConfigError, match=r"moe.groups=positions cannot be stored in qwen2_moe(.|\n)*moe.groups=tied"):
+        export(request(tmp_path / "again", tmp_path / "no"))
 
 
 def test_weights_before_training_are_noticed(text: Path, text_model: Path, tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def test_routing_row_by_hand() -> None:
         dropped=torch.tensor([2]),
         entropy=torch.tensor([4 * 1.2], dtype=torch.float64),
         mass=torch.tensor([4 * 0.7], dtype=torch.float64),
+        whole=torch.tensor([3]),
     )
     row = routing_row(sums, (5,))
     assert row["moe/layer_5/load"] == [0.75, 0.25, 0, 0]
@@ -86,6 +87,7 @@ def test_routing_row_by_hand() -> None:
     assert row["moe/dropped_share"] == 0.25
     assert row["moe/router_entropy"] == pytest.approx(1.2)
     assert row["moe/selected_mass"] == pytest.approx(0.7)
+    assert row["moe/layer_5/whole_ffns"] == row["moe/whole_ffns"] == 0.75
     assert row["moe/load_entropy"] == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(4))
 
 
@@ -108,6 +110,38 @@ def test_cosines_against_loops(text: Path, text_model: Path, tmp_path: Path) -> 
     pairs = [cosine(experts[m][g], experts[m][2 + g]) for m in experts for g in (0, 1)]
     assert group_cosine(experts, granularity=2) == pytest.approx(sum(pairs) / 6, abs=1e-5)
     assert group_cosine(experts, granularity=4) is None
+
+
+COME_APART = "virtual groups have come apart"
+RUINOUS = ("schedule=constant", "schedule.peak=1e-2", "schedule.warmup=1", "optim.router_lr=30")
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        (("moe.groups=free",), 1),
+        ((), 0),
+        (("moe.groups=positions",), 0),
+        (("moe.groups=tied", "router.release={until: 0.2, then: free}"), 0),
+    ],
+)
+def test_groups_that_come_apart_are_said_once(
+    groups: tuple[str, ...],
+    said: int,
+    text: Path,
+    text_model: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made = ["model=upcycle", f"source='{text_model}'", *training.SMALL_MOE, *RUINOUS, *groups, "budget.steps=8"]
+    with caplog.at_level("WARNING", logger="upcycle"):
+        training.run(training.options(text, tmp_path / "run", *made))
+    messages = [record.getMessage() for record in caplog.records if COME_APART in record.getMessage()]
+    assert len(messages) == said
+    assert all("moe.groups=tied" in message and "target=upcycled_moe" in message for message in messages)
+    shares = [row["moe/whole_ffns"] for row in training.rows(tmp_path / "run") if "moe/whole_ffns" in row]
+    assert shares[0] == 1
+    assert (min(shares) < 0.9) == any("free" in each for each in groups)
 
 
 def test_metrics_can_be_off(text: Path, text_model: Path, tmp_path: Path) -> None:

@@ -117,6 +117,18 @@ def test_distillation_pulls_to_the_teacher(text: Path, text_model: Path, tmp_pat
         torch.testing.assert_close(run.module._distillation(logits, inputs), by_hand, rtol=1e-5, atol=1e-6)
 
 
+def test_a_scheduled_bias_starts_at_its_start(text: Path, text_model: Path, tmp_path: Path) -> None:
+    """The first step moves it by the first coefficient, the second one by the next; then it stays."""
+    made = ["model=upcycle", f"source='{text_model}'", *training.SMALL_MOE, "target=upcycled_moe"]
+    schedule = "balance.bias_update={start: 0.5, end: 0.0, steps: 2}"
+    run = training.run(training.options(text, tmp_path / "run", *made, schedule, "budget.steps=4"))
+    assert run.module.routing is not None
+    for router in run.module.routing.routers.values():
+        assert router.e_score_correction_bias is not None
+        assert set(router.e_score_correction_bias.abs().tolist()) <= {0.0, 0.25, 0.5, 0.75}
+        assert router.e_score_correction_bias.any()
+
+
 def test_parameter_groups(text: Path, text_model: Path, tmp_path: Path) -> None:
     start = start_model(
         training.options(text, tmp_path / "run", "model=upcycle", f"source='{text_model}'", *training.SMALL_MOE)

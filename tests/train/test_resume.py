@@ -85,6 +85,33 @@ def test_sigterm_saves_and_resumes(text: Path, text_model: Path, whole: Path, tm
     assert_same(tmp_path / "run", whole)
 
 
+GROUPS = {
+    "tied": ("moe.groups=tied",),
+    "whole": ("moe.groups=whole",),
+    "positions": ("moe.groups=positions",),
+    "released to free": ("moe.groups=whole", "router.release={until: 0.5, then: free}"),
+    "released to positions": ("moe.groups=tied", "target=upcycled_moe", "router.release={until: 0.5, then: positions}"),
+}
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_groups_resume(text: Path, text_model: Path, tmp_path: Path, groups: str) -> None:
+    """Before the joint of a release, in the step that measures it, and after it."""
+    given = (*STATEFUL, f"source='{text_model}'", "target=upcycled_moe", "init.router_std=0.3", *GROUPS[groups])
+    training.run(training.options(text, tmp_path / "whole", *given))
+    config = training.options(text, tmp_path / "run", *given, "resume=auto")
+    for step in (2, 3, 4) if "released" in groups else (3,):
+        training.run(config, [At(step, terminate)])
+    training.run(config)
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_another_way_to_choose_is_refused_by_name(text: Path, text_model: Path, whole: Path) -> None:
+    given = (*STATEFUL, f"source='{text_model}'", "resume=auto", "moe.groups=free")
+    with pytest.raises(ConfigError, match=r"moe\.groups=free \(was auto\)"):
+        training.run(training.options(text, whole, *given))
+
+
 def test_a_crash_resumes_from_the_last_checkpoint(text: Path, text_model: Path, whole: Path, tmp_path: Path) -> None:
     config = training.options(text, tmp_path / "run", *STATEFUL, f"source='{text_model}'", "resume=auto")
     with pytest.raises(RuntimeError, match="pulled the plug"):

@@ -87,6 +87,7 @@ SECTIONS = (
     Section(
         title="Routers and experts",
         panels=(
+            Panel(title="Tokens with whole FFNs", metric="moe/whole_ffns"),
             Panel(title="Router entropy", metric="moe/router_entropy"),
             Panel(title="Cosine of experts to dense", metric="moe/dense_cosine"),
             Panel(title="Cosine within groups", metric="moe/group_cosine"),

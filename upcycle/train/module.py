@@ -146,10 +146,11 @@ class TrainingModule(LightningModule):
 
         Lightning would keep the gradients through the next forward pass, next to its activations.
         """
+        step = self.global_step
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()
         if self.routing:
-            self.routing.end_step(self.global_step - 1)
+            self.routing.end_step(step)
 
     def _logits(self, batch: Batch) -> Tensor:
         return self.model(**model_inputs(batch), use_cache=False).logits  # type: ignore[no-any-return]

@@ -135,11 +135,11 @@ def test_noise_of_positions_is_each_experts_own() -> None:
 
 
 def test_whole_ffns() -> None:
-    experts = torch.tensor([[0, 1, 4, 5], [0, 5, 4, 1], [0, 2, 1, 3], [0, 2, 4, 1]])
-    assert whole_ffns(experts, 2).tolist() == [True, True, True, False]
+    experts = torch.tensor([[0, 1, 4, 5], [0, 5, 4, 1], [0, 2, 1, 3], [0, 2, 4, 1], [5, 0, 3, 1]])
+    assert whole_ffns(experts, 2).tolist() == [True, True, True, False, False]
     assert whole_ffns(experts, 1).all()
-    counted = torch.tensor([[True, True, True, False]]).expand(4, 4)
-    assert whole_ffns(experts, 2, counted).tolist() == [False] * 4
+    counted = torch.tensor([[True, True, True, False]]).expand(5, 4)
+    assert whole_ffns(experts, 2, counted).tolist() == [False] * 5
 
 
 def test_the_share_of_whole_ffns_is_counted() -> None:

@@ -29,6 +29,106 @@ NEMOTRON = "arXiv 2410.07524"
 SHAPES = [(e, 1, 1) for e in (2, 4, 8, 16, 32)]
 SHAPES += [(8, 2, 2), (4, 4, 4), (8, 4, 4), (16, 4, 4), (8, 8, 8), (8, 1, 2), (8, 4, 8)]
 
+# %% [markdown]
+# ## Groups that hold
+#
+# With g above 1, the start is the dense model's only as long as the selected experts make whole FFNs. The sweep
+# `groups` asks how to choose them: one by one (`free`), with router rows that stay equal within a group (`tied`), whole
+# groups (`whole`), or the best of each shard position (`positions`). E8 everywhere; a shape's name leaves it out.
+
+# %%
+groups = load_sweep(RECORDS, "groups")
+introduction(groups)
+
+# %%
+WAYS = ("free", "tied", "whole", "positions")
+CUT = [("G2T2", "softmax_topk"), ("G4T4", "softmax_topk"), ("G8T8", "softmax_topk"), ("G4T8", "softmax_topk")]
+CUT += [("G2T4", "topk_softmax"), ("G4T8", "topk_softmax"), ("G8T16", "topk_softmax")]
+shapes = [f"{shape} {order} {way}" for shape, order in CUT for way in WAYS]
+eighths = [f"G8T8 softmax_topk {way}" for way in WAYS]
+draw_curves(groups.only("dense", "E8G1T1", *eighths).runs, arms="arm")
+
+# %% [markdown]
+# Against the dense model that goes on, at equal FLOPs:
+
+# %%
+held = groups.only("dense", "E8G1T1", *shapes)
+compared = held.compare("dense")
+draw_comparison(compared)
+
+# %%
+answer(compared)
+
+# %% [markdown]
+# Against coarse experts, E8G1T1, which is whether finer grains pay:
+
+# %%
+answer(groups.only("E8G1T1", *(shape for shape in shapes if "free" not in shape)).compare("E8G1T1"))
+
+# %% [markdown]
+# At half of the budget, and at twice it:
+
+# %%
+halves = [f"{shape} {way}, half" for shape in ("G8T8 softmax_topk", "G4T8 topk_softmax") for way in WAYS]
+answer(groups.only("dense, half", "E8G1T1, half", *halves).compare("dense, half"))
+
+# %%
+answer(groups.only("dense, double", "E8G1T1, double", "G8T8 softmax_topk positions, double").compare("dense, double"))
+
+# %% [markdown]
+# Groups that hold for three tenths of the budget alone:
+
+# %%
+released = ("G8T8 softmax_topk whole, then free", "G8T8 softmax_topk tied, then positions")
+answer(
+    groups.only("G8T8 softmax_topk positions", "G8T8 softmax_topk free", *released).compare("G8T8 softmax_topk free")
+)
+
+# %%
+judgement(
+    judge(
+        groups,
+        [
+            Claim(
+                source="this sweep's hypothesis",
+                says="chosen one by one, eighths end above the dense model",
+                arm="G8T8 softmax_topk free",
+                baseline="dense",
+                expected="higher",
+            ),
+            *(
+                Claim(
+                    source="this sweep's hypothesis",
+                    says=f"where groups hold ({way}), they end below it",
+                    arm=f"G8T8 softmax_topk {way}",
+                    baseline="dense",
+                    expected="lower",
+                )
+                for way in WAYS[1:]
+            ),
+            Claim(
+                source="this sweep's hypothesis",
+                says="one expert of each shard position ends lowest",
+                arm="G8T8 softmax_topk positions",
+                baseline="G8T8 softmax_topk whole",
+                expected="lower",
+            ),
+            Claim(
+                source=NEMOTRON,
+                says="64 experts, finer ones, are better than 8 at equal FLOPs",
+                arm="G8T8 softmax_topk positions",
+                baseline="E8G1T1",
+                expected="lower",
+            ),
+        ],
+    )
+)
+
+# %% [markdown]
+# ## Shapes
+#
+# The sweep `egt`, whose records are of experts chosen one by one:
+
 # %%
 names = {f"expansion={e} granularity={g} top_k={t}": f"E{e}G{g}T{t}" for e, g, t in SHAPES}
 egt = load_sweep(RECORDS, "egt").renamed(names)

@@ -94,7 +94,9 @@ def test_the_order_of_softmax_and_top_k(tmp_path: Path, text_model: Path, normal
     assert found["moe_router_pre_softmax"] is pre_softmax
 
 
-def test_a_run_brings_its_settings(text: Path, text_model: Path, tmp_path: Path) -> None:
+def test_a_run_brings_its_settings(
+    text: Path, text_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     changes = [*MOE_RUN, "balance.aux_loss=0.04", "balance.z_loss=0.002", "balance.statistics=global_batch"]
     changes += ["schedule=wsd", "schedule.peak=1e-2", "schedule.warmup=2", "schedule.decay=3", "optim.clip=null"]
     training.run(training.options(text, tmp_path / "run", f"source='{text_model}'", *changes, "router.jitter=0.1"))
@@ -118,6 +120,9 @@ def test_a_run_brings_its_settings(text: Path, text_model: Path, tmp_path: Path)
         "clip_grad": 0.0,
     }
     assert {name: found[name] for name in expected} == expected
+    said = "the virtual groups of E2G2T2 come apart"
+    assert said in (directory / "recipe.py").read_text()
+    assert said in caplog.text
     plain = export(request(tmp_path / "plain", run=tmp_path / "run"))
     weights = [AutoModelForCausalLM.from_pretrained(each).state_dict() for each in (directory, plain)]
     assert not training.differing_tensors(*weights)
@@ -234,6 +239,7 @@ SCHEDULE = "{start: 1e-3, end: 0, steps: 2}"
     "option",
     [
         "router.noisy_top_k=true",
+        "router.release={until: 0.5, then: free}",
         "optim.router_lr=0.5",
         f"balance.z_loss={SCHEDULE}",
         "data.document_attention=true",

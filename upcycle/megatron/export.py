@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from upcycle.checkpoint import Staging
 from upcycle.errors import ConfigError, SourceError
 from upcycle.manifest import read_manifest
 from upcycle.megatron.layout import choose
-from upcycle.megatron.recipe import Recipe, recipe_files
+from upcycle.megatron.recipe import Recipe, recipe_files, torn_groups
 from upcycle.megatron.support import check_model, check_tokenizer, check_training, check_type
 from upcycle.model_config import load_config, read_config
 from upcycle.moe_config import describe_config
@@ -33,6 +34,8 @@ from upcycle.train.schedule import check_schedule
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+_log = logging.getLogger("upcycle")
 
 
 def export_recipe(config: ExportConfig) -> Path:
@@ -100,6 +103,8 @@ def _files(
     moe = describe_config(TARGETS[model.model_type], model, manifest)
     check_model(model, moe)
     check_training(trained)
+    if moe.granularity > 1:
+        _log.warning("%s, and with them what the dense model knew; this library keeps them", torn_groups(moe))
     if steps < 1:
         raise ConfigError("steps is out of range", found=steps, expected="1 or more")
     check_schedule(trained.schedule, steps=steps)

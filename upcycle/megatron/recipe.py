@@ -46,6 +46,11 @@ class Recipe:
     nodes: int
 
 
+def torn_groups(moe: MoeDescription) -> str:
+    """What Megatron does to virtual groups, in a line."""
+    return f"Router rows are trained one by one: the virtual groups of {moe.name} come apart in some ten steps"
+
+
 def recipe_files(recipe: Recipe) -> dict[str, str]:
     """The files' texts by name."""
     own = OWN_BRIDGES.get(recipe.moe.model_type)
@@ -56,6 +61,7 @@ def recipe_files(recipe: Recipe) -> dict[str, str]:
         **_routing(recipe),
         **_training(recipe),
         **_data(recipe),
+        "groups": f"\n{torn_groups(recipe.moe)}." if recipe.moe.granularity > 1 else "",
         "imports": f"import {own}  # noqa: F401  (registers the bridge)\nimport torch" if own else "import torch",
     }
     return {name: Template((FILES / f"{name}.in").read_text()).substitute(values) for name in names}

@@ -89,7 +89,12 @@ def training_row(loss: float, step: int, given: argparse.Namespace, generator: t
     load_LN = torch.randint(1, 1000, (given.layers, given.experts), generator=generator)
     tokens_L = load_LN.sum(-1)
     sums = RoutingSums(
-        load=load_LN, tokens=tokens_L, dropped=tokens_L * 0, entropy=tokens_L * loss, mass=tokens_L * loss / 3
+        load=load_LN,
+        tokens=tokens_L,
+        dropped=tokens_L * 0,
+        entropy=tokens_L * loss,
+        mass=tokens_L * loss / 3,
+        whole=tokens_L,
     )
     return training | routing_row(sums, tuple(range(given.layers)))
 

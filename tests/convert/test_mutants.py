@@ -64,7 +64,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "order", "target", "mutant"), CASES)
 def test_mutant_is_rejected(name, order, target, mutant, dense, dense_outputs, tmp_path):
-    done = conversions.run(options(dense(name), tmp_path / "moe", router_order=order))
+    done = conversions.run(options(dense(name), tmp_path / "moe", router_order=order, groups="free"))
     assert done.plan.target == target
     assert_lossless(done.directory, dense_outputs(name), TOLERANCE[order])
     before = done.directory.joinpath("model.safetensors").read_bytes()

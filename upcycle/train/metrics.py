@@ -100,9 +100,7 @@ class TrainingMetrics(Callback):
         self._sums = {name: value.to(pl_module.device) for name, value in self._sums.items()}
         self._since = (self._clock(), trainer.global_step)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add to the sums; at the end of an interval, log a row."""
         micro_batches = trainer.accumulate_grad_batches * self._ranks.layout.data
         for name, value in outputs.items():

@@ -11,6 +11,7 @@ import pytest
 from upcycle.analysis import load_runs
 from upcycle.sweep.plan import HASH_LENGTH, NOT_COMPARED
 from upcycle.tracking.record import RUN
+from upcycle.tracking.versions import recorded, upgraded
 
 LAPTOP = Path(__file__).parent.parent / "analysis/results/laptop"
 RUNS = sorted(file.parent.name for file in LAPTOP.glob(f"*/{RUN}"))
@@ -18,7 +19,7 @@ RUNS = sorted(file.parent.name for file in LAPTOP.glob(f"*/{RUN}"))
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_directory_is_named_by_its_options(name: str) -> None:
-    config = json.loads((LAPTOP / name / RUN).read_text())["config"]
+    config = recorded(upgraded(json.loads((LAPTOP / name / RUN).read_text())["config"]))
     compared = {key: value for key, value in config.items() if key not in NOT_COMPARED}
     assert hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:HASH_LENGTH] == name
 

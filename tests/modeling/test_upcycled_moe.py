@@ -408,6 +408,15 @@ def test_config_survives_a_round_trip(family, tmp_path):
         assert type(copied.text_config) is type(config.text_config)
 
 
+def test_the_first_checkpoints_choose_as_they_did():
+    fields = moe_config(dense_model("llama"), granularity=2, num_experts_per_tok=2).to_dict()
+    del fields["groups"]
+    for select_groups, groups in ((True, "whole"), (False, "free")):
+        config = UpcycledMoeConfig.from_dict({**fields, "select_groups": select_groups})
+        assert config.groups == groups
+        assert "select_groups" not in config.to_dict()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -77,6 +77,8 @@ class UpcycledMoeConfig(PreTrainedConfig):
         if isinstance(self.text_config, dict):
             self.text_config = AutoConfig.for_model(**self.text_config)
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        if kwargs.pop("select_groups", False):  # how the first checkpoints say it
+            self.groups = "whole"
         if self.router_order not in ROUTER_ORDERS:
             raise ValueError(f"router_order must be one of {ROUTER_ORDERS}, found {self.router_order!r}")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:

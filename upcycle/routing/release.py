@@ -74,7 +74,8 @@ def rescale(router: Router, experts: nn.Module) -> float:
     assert router.masses is not None
     before, after = sum_over_ranks(router.masses).tolist()
     factor: float = before / after
-    for name, parameter in experts.named_parameters():
-        if name.startswith("down_proj"):
-            parameter.mul_(factor)
+    downs = [parameter for name, parameter in experts.named_parameters() if name.startswith("down_proj")]
+    assert downs
+    for parameter in downs:
+        parameter.mul_(factor)
     return factor

@@ -8,13 +8,16 @@ from lightning.pytorch.callbacks import RichProgressBar
 from rich.panel import Panel
 from rich.table import Table
 
+from upcycle.plan.groups import IN_TRAINING
+
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from upcycle.train.run import Run
 
 SHOWN = {"train/loss": "loss", "val/loss": "held out", "train/tokens_per_second": "tokens/s"}
-SUMMARY = ("train/loss", "val/loss", "val/perplexity", "train/tokens", "train/flops", "moe/max_vio", "moe/dead_experts")
+ROUTING = ("moe/max_vio", "moe/dead_experts", "moe/whole_ffns")
+SUMMARY = ("train/loss", "val/loss", "val/perplexity", "train/tokens", "train/flops", *ROUTING)
 
 
 class TrainingProgress(RichProgressBar):
@@ -45,6 +48,7 @@ def panel(run: Run) -> Panel:
     rows = {
         "model": f"{config.model}: {start.model.config.model_type}, {parameters / 1e6:,.2f} M parameters",
         **({"experts": f"{start.moe.name}, {start.moe.router_order}, kernel {run.kernel}"} if start.moe else {}),
+        **({"groups": _groups(run)} if start.moe and start.moe.granularity > 1 else {}),
         "budget": f"{run.steps:,} steps, {tokens:,} tokens, {run.steps * run.flops_per_step:.3g} FLOPs",
         "batch": f"{config.batch.sequences} sequences of {config.sequence_length} tokens",
         "data": f"{config.data.name}: {run.corpus.tokens:,} tokens, {run.corpus.documents:,} documents",
@@ -54,6 +58,13 @@ def panel(run: Run) -> Panel:
         **({"resumed": f"after step {run.resumed:,}"} if run.resumed else {}),
     }
     return Panel(_grid(rows), title="upcycle train", title_align="left")
+
+
+def _groups(run: Run) -> str:
+    start, release = run.start, run.config.router.release
+    assert start.moe
+    later = f"; {release.then} after {release.until:g} of the budget" if release else ""
+    return f"{start.moe.groups}: {IN_TRAINING[start.moe.groups]}{later}"
 
 
 def _ranks(run: Run) -> str:

@@ -85,6 +85,16 @@ def test_the_results_are_the_measured_ones() -> None:
         assert f"{100 * row['loss_gap']:+.3f} %" in line
 
 
+def test_the_first_steps_are_the_measured_ones() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/start_lasts.json").read_text())["rows"]
+    measured = {row["arm"]: row["loss"] for row in rows}
+    shown = shown_rows("lasting")
+    assert len(shown) > 5
+    for arm, line in shown.items():
+        losses = " | ".join(f"{measured[arm][step]:.4f}" for step in ("0", "10", "20", "40", "60"))
+        assert f"| {losses} |" in line
+
+
 def compared(line: str) -> tuple[str, str, str]:
     """Sweep, arm and baseline of a line of the headline."""
     name, _, flops = line.rpartition(", ")

@@ -99,5 +99,6 @@ def group_notes(moe: MoeShape) -> Iterator[str]:
     if moe.groups != "free" and moe.router_order == "topk_softmax" and moe.top_k == moe.granularity:
         yield (
             "topk_softmax with top_k = granularity gives every choice the same weight, so the router gets no gradient "
-            "from the language model's loss: take a larger top_k, or softmax_topk"
+            "from the language model's loss, and at a high learning rate the first steps cost loss, as they do with "
+            "granularity 1: take a larger top_k, softmax_topk, or optim.expert_lr=0.5"
         )

@@ -99,6 +99,7 @@ def _row(step: int, loss: float, *, dense: bool, number: int) -> dict[str, Any]:
         "moe/load_entropy": 1 - violation / 8,
         "moe/dead_experts": max(0, 3 - step // 5),
         "moe/dropped_share": 0.0,
+        "moe/whole_ffns": 1.0,
         "moe/router_entropy": 2 - violation,
         "moe/dense_cosine": 1 - step / 100,
         "moe/group_cosine": 1 - step / 150,

@@ -141,7 +141,8 @@ def test_groups_that_come_apart_are_said_once(
     assert all("moe.groups=tied" in message and "target=upcycled_moe" in message for message in messages)
     shares = [row["moe/whole_ffns"] for row in training.rows(tmp_path / "run") if "moe/whole_ffns" in row]
     assert shares[0] == 1
-    assert (min(shares) < 0.9) == any("free" in each for each in groups)
+    assert min(shares) < 0.9 or not said
+    assert min(shares) == 1 or any("free" in each for each in groups)
 
 
 def test_metrics_can_be_off(text: Path, text_model: Path, tmp_path: Path) -> None:

@@ -271,6 +271,13 @@ judgement(
                 baseline="dense, 2 x peak",
                 expected="lower",
             ),
+            Claim(
+                source=HYPOTHESIS,
+                says="halves of experts, chosen by shard position, end lower still",
+                arm="finer recipe",
+                baseline="recipe",
+                expected="lower",
+            ),
         ],
     )
 )
@@ -287,4 +294,5 @@ judgement(
 # One size of dense model (two layers, a quarter of a million parameters, bytes), nearly saturated, and continued on the
 # text that it was pretrained on. The published advantage is one of hundred billion tokens; what is seen here is one of
 # a few million. p values are adjusted within one budget, not over all three. A mixture has eight times, the recipe 32
-# times the FFN parameters of the dense model that it is compared with: equal FLOPs are not equal memory.
+# and the finer one 128 times the FFN parameters of the dense model that it is compared with: equal FLOPs are not equal
+# memory, nor equal time.

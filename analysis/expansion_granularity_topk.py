@@ -42,28 +42,40 @@ introduction(groups)
 
 # %%
 WAYS = ("free", "tied", "whole", "positions")
-CUT = [("G2T2", "softmax_topk"), ("G4T4", "softmax_topk"), ("G8T8", "softmax_topk"), ("G4T8", "softmax_topk")]
-CUT += [("G2T4", "topk_softmax"), ("G4T8", "topk_softmax"), ("G8T16", "topk_softmax")]
-shapes = [f"{shape} {order} {way}" for shape, order in CUT for way in WAYS]
 eighths = [f"G8T8 softmax_topk {way}" for way in WAYS]
 draw_curves(groups.only("dense", "E8G1T1", *eighths).runs, arms="arm")
 
 # %% [markdown]
-# Against the dense model that goes on, at equal FLOPs:
+# Against the dense model that goes on, at equal FLOPs, shapes with as many active experts as a group has:
 
 # %%
-held = groups.only("dense", "E8G1T1", *shapes)
-compared = held.compare("dense")
+single = [f"{shape} softmax_topk {way}" for shape in ("G2T2", "G4T4", "G8T8") for way in WAYS]
+compared = groups.only("dense", "E8G1T1", *single).compare("dense")
 draw_comparison(compared)
 
 # %%
 answer(compared)
 
 # %% [markdown]
+# With twice as many, each shape beside the dense model:
+
+# %%
+answer(groups.only("dense", *(f"G4T8 softmax_topk {way}" for way in WAYS)).compare("dense"))
+
+# %%
+answer(groups.only("dense", *(f"G2T4 topk_softmax {way}" for way in WAYS)).compare("dense"))
+
+# %%
+answer(groups.only("dense", *(f"G4T8 topk_softmax {way}" for way in WAYS)).compare("dense"))
+
+# %%
+answer(groups.only("dense", *(f"G8T16 topk_softmax {way}" for way in WAYS)).compare("dense"))
+
+# %% [markdown]
 # Against coarse experts, E8G1T1, which is whether finer grains pay:
 
 # %%
-answer(groups.only("E8G1T1", *(shape for shape in shapes if "free" not in shape)).compare("E8G1T1"))
+answer(groups.only("E8G1T1", *(shape for shape in single if "free" not in shape)).compare("E8G1T1"))
 
 # %% [markdown]
 # At half of the budget, and at twice it:
@@ -87,7 +99,7 @@ answer(
 # %%
 judgement(
     judge(
-        groups,
+        groups.only("dense", "E8G1T1", *single),
         [
             Claim(
                 source="this sweep's hypothesis",

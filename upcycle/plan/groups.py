@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
 
 from upcycle.arch.moe import Groups
-from upcycle.errors import ConfigError, did_you_mean, nearest
+from upcycle.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,18 +29,11 @@ CHOICES: tuple[Groups, ...] = get_args(Groups)
 
 
 def check_groups(groups: str, init: InitConfig, *, expansion: int, granularity: int, top_k: int) -> Groups:
-    """Check `moe.groups`.
+    """Check one of `CHOICES` against the shape and the initialization.
 
     Raises:
-        ConfigError: an unknown value, or one that the shape or the initialization has no groups for.
+        ConfigError: one of them has no such groups.
     """
-    if groups not in CHOICES:
-        raise ConfigError(
-            "unknown value for moe.groups",
-            found=groups,
-            expected=", ".join(CHOICES),
-            remedy=did_you_mean(groups, CHOICES),
-        )
     if groups in TOGETHER:
         check_divisible(groups, granularity=granularity, top_k=top_k, experts=expansion * granularity)
     if groups == "tied" and init.name not in GROUPED_INITS:

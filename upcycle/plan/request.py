@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from upcycle.arch.moe import MoeShape, RouterOrder
 from upcycle.errors import ConfigError, did_you_mean, nearest
-from upcycle.plan.groups import GROUPED_INITS, check_groups
+from upcycle.plan.groups import CHOICES, GROUPED_INITS, check_groups
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,6 +36,7 @@ def moe_shape(config: MoeConfig, init: InitConfig, *, ffn_width: int, layers: in
         _at_least(f"moe.{name}", getattr(config, name), 1)
     _at_least("moe.shared_experts", config.shared_experts, 0)
     _choice("moe.router_order", config.router_order, ROUTER_ORDERS)
+    _choice("moe.groups", config.groups, CHOICES)
     expansion = _expansion(config)
     if ffn_width % config.granularity:
         divisors = [g for g in range(1, ffn_width + 1) if ffn_width % g == 0]

@@ -108,10 +108,10 @@ def _check_experts(moe: MoeDescription, router: RouterConfig) -> None:
             "top_k must be between 1 and the number of experts",
             found=f"top_k={moe.top_k} of {moe.experts} experts",
         )
-    check_ways(moe, router.release.then if router.release else None)
+    _check_ways(moe, router.release.then if router.release else None)
 
 
-def check_ways(moe: MoeDescription, then: str | None) -> None:
+def _check_ways(moe: MoeDescription, then: str | None) -> None:
     """Check how experts of virtual groups are chosen, and how after a release.
 
     Raises:

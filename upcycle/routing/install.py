@@ -79,7 +79,7 @@ class Routing:
 
     def released(self, done: int) -> bool:
         """Whether groups need no longer hold after `done` optimizer steps."""
-        return self.joint is not None and done >= self.joint.step
+        return self.joint is not None and self.joint.over(done)
 
     def losses(self, step: int) -> Losses:
         """Return the balancing losses of the last forward.

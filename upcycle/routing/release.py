@@ -29,6 +29,10 @@ class Joint:
     step: int
     then: str
 
+    def over(self, done: int) -> bool:
+        """Whether it lies behind after `done` optimizer steps."""
+        return done >= self.step
+
     def before(self, routers: list[Router], done: int) -> None:
         """Make routers choose as at a step of the run: after `done` optimizer steps.
 
@@ -36,7 +40,7 @@ class Joint:
         """
         for router in routers:
             after = replace(router.selection, groups=self.then)
-            if done >= self.step:
+            if self.over(done):
                 router.selection = after
             router.ahead = after if done == self.step - 1 else None
             router.masses = None
@@ -58,7 +62,7 @@ def groups_at(router: RouterConfig, *, step: int, steps: int) -> str | None:
     if router.release is None:
         return None
     at = joint(router.release, steps=steps)
-    return at.then if step >= at.step else None
+    return at.then if at.over(step) else None
 
 
 @torch.no_grad()

@@ -3,10 +3,10 @@
     python benchmarks/start_lasts.py [--steps 60] [--every 10] [--granularity 1 2 4 8] [--windows 64] [--output FILE]
 
 Every granularity, in both router orders, with one and with two groups' worth of active experts, and experts chosen in
-each way that keeps groups; one by one (`free`) for comparison. Whole FFNs (granularity 1) have no groups that could come
-apart: what they lose, they lose for another reason. With topK-then-softmax and one group the experts' weights are never
-scaled, and Adam's steps are large beside them: that shape is measured with half of the experts' learning rate too.
-models/stdlib-250k on its own text, 4,096 tokens a step,
+each way that keeps groups; one by one (`free`) for comparison. Whole FFNs (granularity 1) have no groups that could
+come apart: what they lose, they lose for another reason. With topK-then-softmax and one group the experts' weights are
+never scaled, and Adam's steps are large beside them: that shape is measured with half of the experts' learning rate
+too. models/stdlib-250k on its own text, 4,096 tokens a step,
 a reset to a peak of 1e-3. The status is 1 if a mixture whose groups hold is ever more than 1 % above the dense model at
 the same step.
 """

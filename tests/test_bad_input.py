@@ -283,19 +283,17 @@ def test_corrupt_header(convert, source):
     convert().refused("not a valid safetensors file", "a JSON header", found="not JSON", remedy="truncated or corrupt")
 
 
-@pytest.mark.parametrize("way", ["../", "absolute", "symlink"])
+@pytest.mark.parametrize("way", ["../", "absolute"])
 def test_index_that_leaves_the_directory(convert, source, tmp_path, way):
     inside, outside = shards(source)[0], tmp_path / "outside.safetensors"
     inside.rename(outside)
-    names = {"../": "../outside.safetensors", "absolute": str(outside), "symlink": inside.name}
-    if way == "symlink":
-        inside.symlink_to(outside)
+    names = {"../": "../outside.safetensors", "absolute": str(outside)}
 
     def redirect(index):
         index["weight_map"] = {k: names[way] if v == inside.name else v for k, v in index["weight_map"].items()}
 
     edit_json(source / INDEX, redirect)
-    convert().refused("lies outside the checkpoint", found=str(outside), remedy="copy the file into the directory")
+    convert().refused("lies outside the checkpoint", found=names[way], remedy="do not trust this checkpoint")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": {"a": 1}}'])

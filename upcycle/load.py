@@ -35,7 +35,8 @@ def load_dense(source: DenseSource, dtype: torch.dtype = torch.float32, **layout
         model.tie_weights()
     else:
         with quietly():
-            model = from_pretrained(AutoModelForCausalLM, source.path, dtype=dtype, **layout)
+            config = source.model.config
+            model = from_pretrained(AutoModelForCausalLM, source.path, config=config, dtype=dtype, **layout)
     model.eval()
     return model
 
@@ -63,6 +64,9 @@ def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, **layou
 def from_pretrained(kind: Any, place: Path | None, **arguments: Any) -> PreTrainedModel:
     """Transformers' `kind.from_pretrained`, with nothing left to chance: every tensor is there, and has its shape.
 
+    Where config.json ties the head to the embedding and another head is stored, transformers keeps both: the model's
+    config then says so, and what is made of the model keeps them too.
+
     Raises:
         SourceError: weights that are damaged, incomplete, or another model's.
     """
@@ -84,6 +88,9 @@ def from_pretrained(kind: Any, place: Path | None, **arguments: Any) -> PreTrain
             found=f"{place} without {', '.join(missing[:5])}{more}",
             remedy="take the complete checkpoint",
         )
+    text = model.config.get_text_config()
+    if text.tie_word_embeddings and not model.all_tied_weights_keys:
+        text.tie_word_embeddings = False
     return model  # type: ignore[no-any-return]
 
 

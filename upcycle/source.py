@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from upcycle.arch.families import FAMILIES
 from upcycle.arch.family import DenseModel, Shape, describe
 from upcycle.arch.targets import TARGETS
-from upcycle.checkpoint import TensorReader, code_from_name, gguf_config, open_reader, read_index_names
-from upcycle.errors import ConfigError, SourceError, did_you_mean, near_misses
+from upcycle.checkpoint import (
+    TensorReader,
+    code_from_name,
+    gguf_config,
+    has_weights,
+    is_pointer,
+    not_downloaded,
+    open_reader,
+    read_index_names,
+)
+from upcycle.errors import ConfigError, SourceError, did_you_mean
+from upcycle.matching import HEAD, match_names
 from upcycle.model_config import load_config, read_config
 
 if TYPE_CHECKING:
@@ -38,6 +51,7 @@ AUXILIARY = (
     "NOTICE*",
 )
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+_log = logging.getLogger("upcycle")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +87,7 @@ class DenseSource:
     @property
     def dropped(self) -> dict[str, str]:
         """Stored tensors that no conversion takes over, and why."""
-        tied = ["lm_head.weight"] if self.model.tied and "lm_head.weight" in self.stored else []
+        tied = [HEAD] if self.model.tied and HEAD in self.stored else []
         buffers = dict.fromkeys(self.buffers, "a buffer that the model computes anew")
         return {**dict.fromkeys(tied, "tied to the embedding"), **buffers}
 
@@ -133,55 +147,33 @@ def open_source(given: str, *, need_weights: bool = True) -> DenseSource:
     path = _resolve(given, need_weights=need_weights)
     config = _gguf_config(path) if path.suffix == ".gguf" else _directory_config(path)
     model = describe(FAMILIES[config.model_type], config)
-    if need_weights or path.suffix == ".gguf" or _has_weights(path):
+    if need_weights or path.suffix == ".gguf" or has_weights(path):
         reader = open_reader(path)
         shapes: dict[str, Shape | None] = {name: info.shape for name, info in reader.tensors.items()}
     else:
         reader = None
         names = read_index_names(path)
         shapes = dict.fromkeys(names if names is not None else model.tensors())
-    stored = _match(model, shapes)
+    stored = match_names(model, shapes, unlisted=reader.unlisted if reader else frozenset())
+    if reader is not None and _holds_another_head(model, stored, reader):
+        _log.warning(
+            "%s: config.json ties the head to the embedding, and the files hold another head; both are kept, as in "
+            "transformers, and what is written says tie_word_embeddings=false",
+            path,
+        )
+        config.tie_word_embeddings = False
     buffers = tuple(sorted(set(shapes) - set(stored.values())))
     return DenseSource(given=given, path=path, model=model, reader=reader, stored=stored, buffers=buffers)
 
 
-def _match(model: DenseModel, shapes: Mapping[str, Shape | None]) -> dict[str, str]:
-    """Map the model's names to stored names; every tensor must be there, fit, and be known."""
-    expected, prefix = model.tensors(), model.family.base_prefix
-    if model.tied:
-        expected = {**expected, "lm_head.weight": (model.sizes["V"], model.hidden_size)}
-    stored, unknown = {}, []
-    for name in shapes:
-        canonical = name if name in expected else prefix + name
-        if canonical in expected:
-            stored[canonical] = name
-        elif not name.endswith(model.family.ignored):
-            unknown.append(name)
-    if unknown:
-        raise SourceError(
-            f"the source has tensors that a {model.family.model_type} model does not have",
-            found=", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""),
-            expected=near_misses(unknown[0], expected) if len(expected) < 5000 else "names of the architecture",
-            remedy="check model_type in config.json; merge adapters and remove extra heads first",
-        )
-    missing = [name for name in model.tensors() if name not in stored]
-    if missing:
-        raise SourceError(
-            f"the source lacks tensors of a {model.family.model_type} model",
-            found=f"{len(stored)} tensors",
-            expected=", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else ""),
-            remedy="download the complete checkpoint",
-        )
-    for name, file_name in stored.items():
-        shape = shapes[file_name]
-        if shape is not None and tuple(shape) != expected[name]:
-            raise SourceError(
-                f"{file_name} does not have the shape that config.json says",
-                found=tuple(shape),
-                expected=expected[name],
-                remedy="take config.json and weights from the same model",
-            )
-    return stored
+def _holds_another_head(model: DenseModel, stored: Mapping[str, str], reader: TensorReader) -> bool:
+    """Whether the files hold a head that config.json ties to the embedding, and it differs: transformers keeps it."""
+    head, embedding = stored.get(HEAD), stored[model.family.embedding]
+    if not model.tied or head in (None, embedding):
+        return False
+    values = reader.read(str(head)), reader.read(embedding)
+    common = torch.promote_types(values[0].dtype, values[1].dtype)
+    return not torch.equal(values[0].to(common), values[1].to(common))
 
 
 def expanded(path: str) -> Path:
@@ -189,12 +181,10 @@ def expanded(path: str) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def _has_weights(path: Path) -> bool:
-    return any(file for pattern in ("*.safetensors", "pytorch_model*.bin") for file in path.glob(pattern))
-
-
 def _resolve(given: str, *, need_weights: bool) -> Path:
     path = expanded(given)
+    if path.is_file() and is_pointer(path):
+        raise not_downloaded(path)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
@@ -256,6 +246,15 @@ def _check_raw(raw: Mapping[str, Any]) -> None:
             found=f"quantization_config with quant_method={method}",
             expected="float32, bfloat16 or float16 weights",
             remedy="load it in transformers, call dequantize(), and save it",
+        )
+    inner = raw.get("text_config")
+    if model_type not in FAMILIES and isinstance(inner, dict):
+        raise SourceError(
+            "the source is a model of several kinds of input",
+            found=f"model_type={model_type} around a language model of model_type={inner.get('model_type')}",
+            expected="the language model alone",
+            remedy="save it by itself: `text = AutoModelForCausalLM.from_config(whole.config.text_config)`, then its "
+            "`model` and `lm_head` taken from `whole`, then `text.save_pretrained(DIR)`",
         )
     if model_type not in FAMILIES:
         raise SourceError(

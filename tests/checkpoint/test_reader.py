@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, LlamaForCausalLM
 
 from upcycle.checkpoint import open_reader, read_index_names
 from upcycle.errors import SourceError
 
 INDEX = "model.safetensors.index.json"
+TINY = {"vocab_size": 8, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
 
 
 def write_sharded(directory: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
@@ -28,7 +30,7 @@ def write_sharded(directory: Path, tensors: dict[str, torch.Tensor]) -> dict[str
 
 
 def write_index(directory: Path, weight_map: dict[str, str], name: str = INDEX) -> None:
-    (directory / name).write_text(json.dumps({"weight_map": weight_map}))
+    (directory / name).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def check_equal(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -73,13 +75,14 @@ def test_index_names_need_no_weight_file(tmp_path):
     assert read_index_names(tmp_path) == ("b", "a")
 
 
-def test_other_file_names(tmp_path, tensors):
+def test_shards_without_an_index(tmp_path, tensors):
     names = list(tensors)
-    save_file({name: tensors[name] for name in names[:2]}, tmp_path / "first.safetensors")
-    save_file({name: tensors[name] for name in names[2:]}, tmp_path / "second.safetensors")
+    save_file({name: tensors[name] for name in names[:2]}, tmp_path / "model-1.safetensors")
+    save_file({name: tensors[name] for name in names[2:]}, tmp_path / "model-2.safetensors")
+    save_file({"stray": torch.ones(1)}, tmp_path / "consolidated.safetensors")
     check_equal(tmp_path, tensors)
-    save_file({names[0]: tensors[names[0]]}, tmp_path / "third.safetensors")
-    with pytest.raises(SourceError, match=rf"two files hold the tensor {names[0]}\n.*first.safetensors and third"):
+    save_file({names[0]: tensors[names[0]]}, tmp_path / "model-3.safetensors")
+    with pytest.raises(SourceError, match=rf"two files hold the tensor {names[0]}\n.*model-1.safetensors and model-3"):
         open_reader(tmp_path)
 
 
@@ -198,40 +201,118 @@ def test_missing_shards_are_all_named(tmp_path, tensors):
         open_reader(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["parent", "absolute", "link"])
+@pytest.mark.parametrize("kind", ["parent", "absolute"])
 def test_an_index_must_not_leave_its_directory(tmp_path, tensors, kind):
     outside = tmp_path / "outside.safetensors"
     save_file(tensors, outside)
     model = tmp_path / "model"
     model.mkdir()
-    (model / "link").symlink_to(outside)
-    name = {"parent": "../outside.safetensors", "absolute": str(outside), "link": "link"}[kind]
+    name = {"parent": "../outside.safetensors", "absolute": str(outside)}[kind]
     write_index(model, dict.fromkeys(tensors, name))
     with pytest.raises(SourceError, match="lies outside the checkpoint"):
         open_reader(model)
 
 
-def test_hub_cache_links_are_followed_to_their_own_blobs_only(tmp_path, tensors):
-    snapshot, blobs = tmp_path / "models--x" / "snapshots" / "abc", tmp_path / "models--x" / "blobs"
+@pytest.mark.parametrize("store", ["models--x/blobs", "shared storage"])
+def test_links_that_the_owner_made_are_followed(tmp_path, tensors, store):
+    snapshot, blobs = tmp_path / "models--x" / "snapshots" / "abc", tmp_path / store
+    blobs.mkdir(parents=True)
     for file in set(write_sharded(snapshot, tensors).values()):
-        blobs.mkdir(exist_ok=True)
         (snapshot / file).rename(blobs / file)
-        (snapshot / file).symlink_to(Path("../../blobs") / file)
+        (snapshot / file).symlink_to(blobs / file)
     check_equal(snapshot, tensors)
-    blobs.rename(tmp_path / "blobs")
-    for link in snapshot.glob("*.safetensors"):
-        link.unlink()
-        link.symlink_to(tmp_path / "blobs" / link.name)
-    with pytest.raises(SourceError, match="lies outside the checkpoint"):
-        open_reader(snapshot)
 
 
-def test_index_and_headers_disagree(tmp_path, tensors):
+def test_listed_but_not_stored(tmp_path, tensors):
+    weight_map = write_sharded(tmp_path, tensors)
+    file = next(iter(weight_map.values()))
+    write_index(tmp_path, weight_map | {"ghost": file})
+    with pytest.raises(SourceError, match=rf"not stored: ghost \({file}\)"):
+        open_reader(tmp_path)
+
+
+def test_stored_but_not_listed(tmp_path, tensors):
     weight_map = write_sharded(tmp_path, tensors)
     lost, *_ = weight_map
-    file = weight_map.pop(lost)
-    write_index(tmp_path, weight_map | {"ghost": file})
-    with pytest.raises(SourceError, match=rf"not stored: ghost \({file}\); stored but not listed: {lost} \({file}\)"):
+    del weight_map[lost]
+    write_index(tmp_path, weight_map)
+    check_equal(tmp_path, tensors)
+    assert open_reader(tmp_path).unlisted == {lost}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_second_copy_of_a_listed_tensor(tmp_path, tensors, kind, equal):
+    """The index says which copy is read; transformers loads the last one, so another one is refused."""
+    name, *_ = tensors
+    copy = {name: tensors[name] if equal else tensors[name] + 1, "more": torch.ones(1)}
+    save = {"safetensors": save_file, "bin": torch.save}[kind]
+    stem, index = {"safetensors": ("model", INDEX), "bin": ("pytorch_model", "pytorch_model.bin.index.json")}[kind]
+    files = [f"{stem}-0000{number}-of-00002.{kind}" for number in (1, 2)]
+    save(tensors, tmp_path / files[0])
+    save(copy, tmp_path / files[1])
+    write_index(tmp_path, dict.fromkeys(tensors, files[0]) | {"more": files[1]}, name=index)
+    if equal:
+        assert open_reader(tmp_path).tensors[name].file == tmp_path / files[0]
+        check_equal(tmp_path, {**tensors, "more": copy["more"]})
+    else:
+        with pytest.raises(SourceError, match=rf"different tensors {name}\n.*{files[0]}.*{files[1]}"):
+            open_reader(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("there", "read"),
+    [
+        (("model.safetensors", INDEX), "model.safetensors"),
+        (("model.safetensors", "pytorch_model.bin"), "model.safetensors"),
+        ((INDEX, "pytorch_model.bin"), INDEX),
+        (("pytorch_model.bin", "pytorch_model.bin.index.json"), "pytorch_model.bin"),
+        (("pytorch_model.bin", "adapter_model.safetensors"), "pytorch_model.bin"),
+        (("pytorch_model.bin", "model-00001-of-00002.safetensors"), "pytorch_model.bin"),
+        (("other.safetensors", "model.safetensors"), "other.safetensors"),
+    ],
+)
+def test_what_is_read_is_what_transformers_reads(tmp_path, there, read):
+    """Every file holds another model; transformers' own loading says which is right. The last case is config.json's."""
+    config = AutoConfig.for_model("llama", **TINY)
+    models = {}
+    for seed, name in enumerate(there):
+        torch.manual_seed(seed)
+        models[name] = LlamaForCausalLM(config)
+        state = {key: value.clone() for key, value in models[name].state_dict().items()}
+        if name.endswith("index.json"):
+            shard = name.replace(".safetensors.index.json", "-of.safetensors").replace(".bin.index.json", "-of.bin")
+            (save_file if "safetensors" in shard else torch.save)(state, tmp_path / shard)
+            write_index(tmp_path, dict.fromkeys(state, shard), name=name)
+        else:
+            (save_file if name.endswith(".safetensors") else torch.save)(state, tmp_path / name)
+    config.save_pretrained(tmp_path)
+    if read.startswith("other"):
+        content = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(content | {"transformers_weights": read}))
+    reader = open_reader(tmp_path)
+    for name, value in LlamaForCausalLM.from_pretrained(tmp_path).state_dict().items():
+        assert torch.equal(reader.read(name), value)
+        assert torch.equal(value, models[read].state_dict()[name])
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "nothing.safetensors", "model.gguf", 3])
+def test_config_names_no_weights(single, name):
+    (single / "config.json").write_text(json.dumps({"transformers_weights": name}))
+    with pytest.raises(SourceError, match="transformers_weights|lies outside"):
+        open_reader(single)
+
+
+def test_two_sets_of_weights_are_said(single, tensors, caplog):
+    write_index(single, dict.fromkeys(tensors, "model.safetensors"))
+    open_reader(single)
+    assert f"reading model.safetensors, as transformers does, and not {INDEX}" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_of_git_lfs(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    with pytest.raises(SourceError, match=r"was not downloaded\n(.*\n)*.*git lfs pull"):
         open_reader(tmp_path)
 
 

@@ -89,6 +89,11 @@ class Family:
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
     base_prefix: str = "model."
 
+    @property
+    def embedding(self) -> str:
+        """Name of the token embedding."""
+        return next(name for name, symbols in self.outer.items() if symbols == "V H")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DenseModel:

@@ -3,7 +3,8 @@
 from upcycle.checkpoint.dtypes import TORCH_DTYPES, code_from_name, dtype_bytes, dtype_code, dtype_name, torch_dtype
 from upcycle.checkpoint.gguf import gguf_config, write_gguf_tokenizer
 from upcycle.checkpoint.hashing import hash_files, sha256_file
-from upcycle.checkpoint.reader import TensorInfo, TensorReader, open_reader, read_index_names
+from upcycle.checkpoint.pointer import is_pointer, not_downloaded
+from upcycle.checkpoint.reader import TensorInfo, TensorReader, has_weights, open_reader, read_index_names
 from upcycle.checkpoint.writer import (
     Shard,
     StagedFiles,
@@ -28,9 +29,12 @@ __all__ = [
     "dtype_code",
     "dtype_name",
     "gguf_config",
+    "has_weights",
     "hash_files",
     "index_json",
+    "is_pointer",
     "layout_shards",
+    "not_downloaded",
     "open_reader",
     "read_index_names",
     "sha256_file",

@@ -45,6 +45,8 @@ class GgufReader:
             causal language model, or tensors of the model are missing from it.
     """
 
+    unlisted: Final = frozenset[str]()
+
     def __init__(self, path: Path) -> None:
         self.files = (path,)
         with _reporting_damage(path):

@@ -1,15 +1,19 @@
-"""Weight indexes: which file of a directory holds which tensor, and that no file lies outside. Knows JSON and paths."""
+"""Weight indexes: which file of a directory holds which tensor, and that none lies outside. Knows JSON and bytes."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from upcycle.errors import SourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Mapping
+
+    from torch import Tensor
 
     from upcycle.checkpoint.tensors import TensorInfo
 
@@ -57,54 +61,96 @@ def indexed_files(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
 
 
 def confined(directory: Path, name: str) -> Path:
-    """Return the path of `name` inside `directory`.
-
-    A symlink may leave the directory only for the blobs of the same Hugging Face hub cache entry
-    (`models--x/snapshots/<revision>/file` -> `models--x/blobs/…`).
+    """Return the path of the file that an index or a config calls `name`; a link there is its owner's and is followed.
 
     Raises:
-        SourceError: the path or what it links to lies outside.
+        SourceError: the name leads out of the directory.
     """
-    path = directory / name
-    home, target = directory.resolve(), path.resolve()
-    allowed = [home]
-    for parent in (home, *home.parents):
-        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
-            allowed.append(parent.parent / "blobs")
-    climbs = ".." in path.relative_to(directory).parts if path.is_relative_to(directory) else True
-    if climbs or not any(target.is_relative_to(root) for root in allowed):
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
         raise SourceError(
             f"the weight file {name!r} lies outside the checkpoint {directory}",
-            found=target,
-            expected=f"a file inside {home}",
-            remedy="copy the file into the directory if you trust it",
+            found=name,
+            expected="the name of a file in the same directory",
+            remedy="do not trust this checkpoint; download the model again",
         )
-    return path
+    return directory / path
 
 
-def check_agreement(index: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
-    """Check that the index and the files' own headers list the same tensors in the same files.
+def check_stored(index: Path, listed: Mapping[str, Path], tensors: Mapping[str, TensorInfo]) -> None:
+    """Check that every tensor that an index lists is stored in the file that it names.
 
     Raises:
-        SourceError: they do not; the tensors are named.
+        SourceError: it is not; the tensors are named.
     """
-    directory = index.parent
-    listed = {(name, directory / file) for name, file in weight_map.items()}
-    stored = {(info.name, info.file) for info in tensors.values()}
-    if listed != stored:
-        problems = [
-            *_describe("listed but not stored", listed - stored),
-            *_describe("stored but not listed", stored - listed),
-        ]
+    wrong = [
+        f"{name} ({file.name})"
+        for name, file in sorted(listed.items())
+        if name not in tensors or tensors[name].file != file
+    ]
+    if wrong:
+        more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise SourceError(
             f"{index} and the files it names disagree",
-            found="; ".join(problems),
-            expected="the same tensors in the same files",
+            found=f"listed but not stored: {', '.join(wrong[:_SHOWN])}{more}",
+            expected="every listed tensor in the file that the index names",
             remedy="the files come from different versions of the model; download them all again",
         )
 
 
-def _describe(label: str, pairs: Iterable[tuple[str, Path]]) -> list[str]:
-    names = [f"{name} ({file.name})" for name, file in sorted(pairs)]
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return [f"{label}: {', '.join(names[:_SHOWN])}{more}"] if names else []
+def gathered(
+    stored: Iterable[TensorInfo], listed: Mapping[str, Path] | None
+) -> tuple[dict[str, TensorInfo], list[TensorInfo]]:
+    """One of each tensor of several files, by name; and the further copies of some of them.
+
+    Args:
+        stored: every tensor of every file.
+        listed: the file that an index names for each tensor, whose copy is taken; None where there is no index.
+
+    Raises:
+        SourceError: two files hold the same tensor, and no index says which to read.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    copies: list[TensorInfo] = []
+    for info in stored:
+        other = tensors.get(info.name)
+        if other is None:
+            tensors[info.name] = info
+            continue
+        if listed is None or info.name not in listed:
+            raise SourceError(
+                f"two files hold the tensor {info.name}",
+                found=f"{other.file.name} and {info.file.name}",
+                expected="every tensor once, or an index that says which file to read it from",
+                remedy="take the file away that does not belong to the model",
+            )
+        taken, left = (info, other) if info.file == listed[info.name] else (other, info)
+        tensors[info.name] = taken
+        copies.append(left)
+    return tensors, copies
+
+
+def check_copies(
+    tensors: Mapping[str, TensorInfo], copies: Iterable[TensorInfo], read: Callable[[TensorInfo], Tensor]
+) -> None:
+    """Check that further copies of tensors are equal to those that an index names: transformers loads the last of them.
+
+    Args:
+        tensors: those that the index names.
+        copies: the others.
+        read: gives the values of either.
+
+    Raises:
+        SourceError: one differs; the tensor and both files are named.
+    """
+    for copy in copies:
+        named = tensors[copy.name]
+        if (copy.dtype, copy.shape) != (named.dtype, named.shape) or not torch.equal(
+            read(copy).reshape(-1).view(torch.uint8), read(named).reshape(-1).view(torch.uint8)
+        ):
+            raise SourceError(
+                f"two files hold different tensors {copy.name}",
+                found=f"{named.file.name}, which the index names, and {copy.file.name}",
+                expected="one of them, or equal ones: transformers loads whichever file comes last",
+                remedy="download both files again, from one version of the model",
+            )

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from upcycle.checkpoint.dtypes import dtype_code
+from upcycle.checkpoint.index import check_copies, gathered
+from upcycle.checkpoint.pointer import is_pointer, not_downloaded
 from upcycle.checkpoint.tensors import TensorInfo
 from upcycle.errors import SourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
 _log = logging.getLogger("upcycle")
@@ -24,33 +26,38 @@ class PickleReader:
     """Reads the tensors of one or more PyTorch pickles.
 
     Args:
-        files: the files; together they must hold every name once.
+        files: the files.
+        listed: the file that an index names for each tensor; without it, every name is in one file.
 
     Raises:
-        SourceError: a file is corrupt, holds more than tensors by name, or repeats a tensor.
+        SourceError: a file is corrupt or holds more than tensors by name, or two files hold the same tensor and no
+            index names one of them, or hold different ones.
     """
 
-    def __init__(self, files: Iterable[Path]) -> None:
+    def __init__(self, files: Iterable[Path], *, listed: Mapping[str, Path] | None = None) -> None:
         self.files = tuple(sorted(files))
-        self.tensors: dict[str, TensorInfo] = {}
-        self._values: dict[str, torch.Tensor] = {}
-        for file in self.files:
-            for name, tensor in _load(file).items():
-                if name in self.tensors:
-                    raise SourceError(
-                        f"two files hold the tensor {name}", found=f"{self.tensors[name].file.name} and {file.name}"
-                    )
-                code = dtype_code(tensor.dtype)
-                self.tensors[name] = TensorInfo(name=name, dtype=code, shape=tuple(tensor.shape), file=file)
-                self._values[name] = tensor
+        self._values = {file: _load(file) for file in self.files}
+        self.tensors, copies = gathered(self._stored(), listed)
+        self.unlisted = frozenset(self.tensors if listed is not None else ()) - frozenset(listed or ())
+        check_copies(self.tensors, copies, self._read)
 
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor, as a view of the mapped file where it is contiguous; see `TensorReader.read`."""
-        return self._values[name].detach().contiguous()
+        return self._read(self.tensors[name])
+
+    def _read(self, info: TensorInfo) -> torch.Tensor:
+        return self._values[info.file][info.name].detach().contiguous()
+
+    def _stored(self) -> Iterator[TensorInfo]:
+        for file, values in self._values.items():
+            for name, tensor in values.items():
+                yield TensorInfo(name=name, dtype=dtype_code(tensor.dtype), shape=tuple(tensor.shape), file=file)
 
 
 def _load(file: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of one pickle by name."""
+    if is_pointer(file):
+        raise not_downloaded(file)
     # Only the zip layout (torch >= 1.6) can be mapped; an older file is read whole.
     mapped = file.is_file() and zipfile.is_zipfile(file)
     _log.warning(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from typing import TYPE_CHECKING, Final
 
 from upcycle.checkpoint.gguf import GgufReader
-from upcycle.checkpoint.index import check_agreement, confined, indexed_files, read_weight_map
+from upcycle.checkpoint.index import check_stored, confined, indexed_files, read_weight_map
 from upcycle.checkpoint.pickle import PickleReader
 from upcycle.checkpoint.safetensors import SafetensorsReader
 from upcycle.checkpoint.tensors import TensorInfo, TensorReader
@@ -14,15 +16,20 @@ from upcycle.errors import SourceError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["TensorInfo", "TensorReader", "open_reader", "read_index_names"]
+__all__ = ["TensorInfo", "TensorReader", "has_weights", "open_reader", "read_index_names"]
 
 SAFETENSORS: Final = "model.safetensors"
 PICKLE: Final = "pytorch_model.bin"
 INDEX_SUFFIX: Final = ".index.json"
+WEIGHTS: Final = (SAFETENSORS, SAFETENSORS + INDEX_SUFFIX, PICKLE, PICKLE + INDEX_SUFFIX)
+UNINDEXED: Final = "model*.safetensors"
+NAMED_BY_CONFIG: Final = "transformers_weights"
+
+_log = logging.getLogger("upcycle")
 
 
 def open_reader(path: Path) -> TensorReader:
-    """Open a checkpoint for reading, preferring safetensors to pickles.
+    """Open the weights that transformers would load from a checkpoint; also shards that have no index.
 
     Args:
         path: a checkpoint directory, or a `.gguf` file.
@@ -38,16 +45,66 @@ def open_reader(path: Path) -> TensorReader:
             found="a file" if path.exists() else "nothing there",
             expected="a directory with safetensors files, or a .gguf file",
         )
-    for name, reader in ((SAFETENSORS, SafetensorsReader), (PICKLE, PickleReader)):
-        index = path / (name + INDEX_SUFFIX)
-        if index.is_file():
-            return _open_sharded(index, reader)
-        names = [name] if (path / name).is_file() else []
-        if not names and reader is SafetensorsReader:
-            names = [file.name for file in path.glob("*.safetensors")]
-        if names:
-            return reader([confined(path, name) for name in names])
-    raise _no_weights(path)
+    chosen = _chosen_weights(path)
+    if chosen is None:
+        raise _no_weights(path)
+    reader = PickleReader if chosen.name.startswith(PICKLE) else SafetensorsReader
+    if chosen.name.endswith(INDEX_SUFFIX):
+        return _open_sharded(chosen, reader)
+    return reader([chosen] if chosen.is_file() else sorted(path.glob(UNINDEXED)))
+
+
+def has_weights(path: Path) -> bool:
+    """Whether a directory holds any file of the weights that transformers loads; an index alone is none.
+
+    Raises:
+        SourceError: as for `open_reader`, where an index or config.json is malformed.
+    """
+    chosen = _chosen_weights(path)
+    if chosen is None or not chosen.name.endswith(INDEX_SUFFIX):
+        return chosen is not None
+    return any((path / file).is_file() for file in set(read_weight_map(chosen).values()))
+
+
+def _chosen_weights(path: Path) -> Path | None:
+    """The weight file of a directory, or the index of its files, that transformers loads; None where there is none.
+
+    Where there are shards but no index, which transformers does not load, it is the pattern of their names.
+
+    Raises:
+        SourceError: config.json names a file that is not there, or not a file of the directory.
+    """
+    named = _named_by_config(path)
+    if named is not None:
+        return named
+    there = [name for name in WEIGHTS if (path / name).is_file()]
+    if not there:
+        return path / UNINDEXED if any(path.glob(UNINDEXED)) else None
+    ignored = [name for name in there[1:] if name.startswith(SAFETENSORS)]
+    if ignored:
+        _log.warning("%s: reading %s, as transformers does, and not %s", path, there[0], ", ".join(ignored))
+    return path / there[0]
+
+
+def _named_by_config(path: Path) -> Path | None:
+    """The weights that config.json names (`transformers_weights`); a damaged one is for others to report."""
+    try:
+        content = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    name = content.get(NAMED_BY_CONFIG) if isinstance(content, dict) else None
+    if name is None:
+        return None
+    endings = (".safetensors", ".safetensors" + INDEX_SUFFIX)
+    file = confined(path, name) if isinstance(name, str) and name.endswith(endings) else None
+    if file is None or not file.is_file():
+        raise SourceError(
+            f"{NAMED_BY_CONFIG} in {path / 'config.json'} names no weights",
+            found=name,
+            expected="a safetensors file, or an index of such files, in the same directory",
+            remedy="add the file, or take the entry out of config.json",
+        )
+    return file
 
 
 def read_index_names(path: Path) -> tuple[str, ...] | None:
@@ -67,8 +124,9 @@ def read_index_names(path: Path) -> tuple[str, ...] | None:
 
 def _open_sharded(index: Path, reader: type[SafetensorsReader | PickleReader]) -> TensorReader:
     weight_map = read_weight_map(index)
-    opened = reader(indexed_files(index, weight_map))
-    check_agreement(index, weight_map, opened.tensors)
+    listed = {name: index.parent / file for name, file in weight_map.items()}
+    opened = reader(indexed_files(index, weight_map), listed=listed)
+    check_stored(index, listed, opened.tensors)
     return opened
 
 
@@ -77,6 +135,6 @@ def _no_weights(path: Path) -> SourceError:
     return SourceError(
         f"{path} holds no weights",
         found=", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "an empty directory",
-        expected=f"{SAFETENSORS}, {SAFETENSORS}{INDEX_SUFFIX}, another *.safetensors, or {PICKLE}",
+        expected=f"{', '.join(WEIGHTS)}, or {UNINDEXED}",
         remedy=f"name the GGUF file itself, such as {ggufs[0]}" if ggufs else None,
     )

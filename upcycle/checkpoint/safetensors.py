@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, Final
 from safetensors import safe_open
 
 from upcycle.checkpoint.dtypes import TORCH_DTYPES
+from upcycle.checkpoint.index import check_copies, gathered
+from upcycle.checkpoint.pointer import POINTER, not_downloaded
 from upcycle.checkpoint.tensors import TensorInfo
 from upcycle.errors import SourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     import torch
@@ -29,32 +31,29 @@ class SafetensorsReader:
     """Reads the tensors of one or more safetensors files.
 
     Args:
-        files: the files; together they must hold every name once.
+        files: the files.
+        listed: the file that an index names for each tensor; without it, every name is in one file.
 
     Raises:
-        SourceError: a file is truncated or corrupt, or two files hold the same tensor.
+        SourceError: a file is truncated or corrupt, or two files hold the same tensor and no index names one of them,
+            or hold different ones.
     """
 
-    def __init__(self, files: Iterable[Path]) -> None:
+    def __init__(self, files: Iterable[Path], *, listed: Mapping[str, Path] | None = None) -> None:
         self.files = tuple(sorted(files))
-        self.tensors: dict[str, TensorInfo] = {}
         self._open: dict[Path, Any] = {}
-        for file in self.files:
-            for info in read_header(file):
-                if info.name in self.tensors:
-                    raise SourceError(
-                        f"two files hold the tensor {info.name}",
-                        found=f"{self.tensors[info.name].file.name} and {file.name}",
-                        expected="every tensor once, or a model.safetensors.index.json that says which files to read",
-                    )
-                self.tensors[info.name] = info
+        self.tensors, copies = gathered((info for file in self.files for info in read_header(file)), listed)
+        self.unlisted = frozenset(self.tensors if listed is not None else ()) - frozenset(listed or ())
+        check_copies(self.tensors, copies, self._read)
 
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor as a view of the memory-mapped file; see `TensorReader.read`."""
-        file = self.tensors[name].file
-        if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt")
-        tensor: torch.Tensor = self._open[file].get_tensor(name)
+        return self._read(self.tensors[name])
+
+    def _read(self, info: TensorInfo) -> torch.Tensor:
+        if info.file not in self._open:
+            self._open[info.file] = safe_open(info.file, framework="pt")
+        tensor: torch.Tensor = self._open[info.file].get_tensor(info.name)
         return tensor
 
 
@@ -89,6 +88,8 @@ def _load_header(file: Path) -> tuple[dict[str, Any], int]:
             length_field = stream.read(LENGTH_BYTES)
             if len(length_field) < LENGTH_BYTES:
                 raise _corrupt(file, f"{size} bytes", f"at least {LENGTH_BYTES} bytes, for the header's length")
+            if length_field == POINTER[:LENGTH_BYTES]:
+                raise not_downloaded(file)
             (length,) = struct.unpack("<Q", length_field)
             if length > MAX_HEADER_BYTES:
                 raise _corrupt(file, f"a header length of {length} bytes", f"at most {MAX_HEADER_BYTES}")

@@ -48,6 +48,10 @@ class TensorReader(Protocol):
     def files(self) -> tuple[Path, ...]:
         """Every file that bytes come from, sorted."""
 
+    @property
+    def unlisted(self) -> frozenset[str]:
+        """Names of tensors that lie in the files of an index which does not list them."""
+
     def read(self, name: str) -> torch.Tensor:
         """Return the contiguous CPU tensor of that name, in the shape and dtype that `tensors` states.
 

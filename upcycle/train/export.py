@@ -63,7 +63,7 @@ def export(config: ExportConfig, *, beside: Mapping[str, str] | None = None) -> 
     dtype = getattr(torch, config.dtype)
     with quietly():
         groups = groups_at(trained.router, step=content["global_step"], steps=run["steps"]) or trained.moe.groups
-        model, moe = _model(directory / MODEL, trained, run["manifest"], content["state_dict"], groups)
+        model, moe = _model(directory / MODEL, trained, run["manifest"], own_weights(content["state_dict"]), groups)
         nn.Module.to(model, dtype)
         fingerprint = hashlib.sha256(json.dumps([run["config"], content["global_step"]]).encode()).hexdigest()
         with Staging.open(output, fingerprint=fingerprint, overwrite=config.overwrite, resume=False) as staging:
@@ -78,7 +78,7 @@ def export(config: ExportConfig, *, beside: Mapping[str, str] | None = None) -> 
             card = trained_card(manifest, model_type=model.config.model_type, parameters=model.num_parameters())
             for name, text in {"README.md": card, **(beside or {})}.items():
                 staging.write_text(name, text)
-            _check_loads(staging.directory, model, dtype)
+            _check_loads(staging.directory, own_weights(content["state_dict"]), dtype)
             staging.commit()
     return output
 
@@ -114,8 +114,7 @@ def _model(
 
     exported, moe = exported_config(description, trained, manifest, groups)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(exported, dtype=torch.float32)
-    own = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
-    model.load_state_dict(own)
+    model.load_state_dict(state)
     model.eval()
     return model, moe
 
@@ -142,11 +141,21 @@ def _training(run: dict[str, Any], content: dict[str, Any], config: ExportConfig
     }
 
 
-def _check_loads(directory: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
+def own_weights(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's tensors in the state of a training module, by the model's names."""
+    return {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+
+
+def _check_loads(directory: Path, trained: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Check that plain transformers loads every tensor as training left it."""
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).state_dict()
-    differing = [name for name, value in model.state_dict().items() if not torch.equal(loaded[name], value)]
+    differing = [
+        name
+        for name, value in trained.items()
+        if name not in loaded or not torch.equal(loaded[name], value.to(loaded[name].dtype))
+    ]
     if differing:
         raise OutputError(
             "the exported checkpoint does not load as what was trained",

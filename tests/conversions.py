@@ -64,6 +64,7 @@ def options(source: Path | str, output: Path | str, *, init: str = "virtual_grou
         overwrite=False,
         resume=False,
         part=None,
+        verify=False,
     )
     for part in ("moe", "init"):
         before = getattr(request, part)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-pytest_plugins = ("text_model",)
+pytest_plugins = ("text_model", "tiny")
 
 
 def options(source: Path, moe: Path) -> VerifyConfig:
@@ -150,3 +150,13 @@ def test_texts_that_cannot_be_used(text_model: Path, text_moe: Path, tmp_path: P
             verify(replace(sound, text=str(file)))
     with pytest.raises(ConfigError, match="too few tokens"):
         verify(replace(sound, tokens=1))
+
+
+def test_convert_verifies_what_it_wrote(upcycle, text_model: Path, tmp_path: Path) -> None:
+    shape = ("moe.expansion=4", "moe.granularity=2", "moe.top_k=2", "verify=true")
+    passed = upcycle("convert", f"source={text_model}", f"output={tmp_path / 'same'}", *shape)
+    assert passed.status == 0
+    assert json.loads((tmp_path / "same" / REPORT).read_text())["passed"]
+    other = upcycle("convert", f"source={text_model}", f"output={tmp_path / 'other'}", *shape, "init=random")
+    assert other.status == 1
+    assert not json.loads((tmp_path / "other" / REPORT).read_text())["passed"]

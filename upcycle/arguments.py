@@ -141,6 +141,16 @@ def typed_options(kind: type, composed: DictConfig) -> Any:
         raise ConfigError(f"{name} is not valid", found=found, expected=expected) from error
 
 
+def options_of(kind: type, command: str, **named: object) -> Any:
+    """The options of another command than the one that runs: its defaults, and what is named.
+
+    Raises:
+        ConfigError: as for `typed_options`.
+    """
+    overrides = [f"{name}={quoted(str(value))}" for name, value in named.items()]
+    return typed_options(kind, hydra.compose(config_name=command, overrides=overrides))
+
+
 def _option(location: Sequence[int | str], plain: Any) -> str:
     """The name of the option that pydantic objects to, without the tags of unions."""
     names = []

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 from rich.console import Console, Group
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from upcycle.arguments import options_of
+from upcycle.config import VerifyConfig
 from upcycle.errors import ConfigError, did_you_mean
 from upcycle.interruption import Interruption
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
 
-    from upcycle.config import ConvertConfig, InspectConfig, VerifyConfig
+    from upcycle.config import ConvertConfig, InspectConfig
     from upcycle.dashboard.config import ReportConfig
     from upcycle.evaluation.config import EvaluateConfig
     from upcycle.parallel.config import PlanConfig
@@ -48,7 +50,7 @@ def plan(config: PlanConfig) -> int:
 
 
 def convert(config: ConvertConfig) -> int:
-    """`upcycle convert`: write the checkpoint, with a progress bar on standard error."""
+    """`upcycle convert`: write the checkpoint, with a progress bar on standard error; with `verify`, its status."""
     from upcycle.convert import convert as run
     from upcycle.render import plan_table
 
@@ -78,9 +80,12 @@ def convert(config: ConvertConfig) -> int:
     finally:
         if progress.live.is_started:
             progress.stop()
-    if output:
-        following = shlex.join(["upcycle", "verify", f"source={config.source}", f"moe={output}"])
-        print(f"wrote {output}\nnext: {following}")
+    if output is None:
+        return 0
+    print(f"wrote {output}")
+    if config.verify:
+        return verify(options_of(VerifyConfig, "verify", source=config.source, moe=output))
+    print(f"next: {shlex.join(['upcycle', 'verify', f'source={config.source}', f'moe={output}'])}")
     return 0
 
 

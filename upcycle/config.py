@@ -97,12 +97,14 @@ class ConvertConfig(ConversionConfig):
         overwrite: replace an existing output.
         resume: continue an interrupted conversion.
         part: null, or I/N: write the I-th of N ranges of the files; the last part to end makes the output.
+        verify: have `upcycle verify`, with its defaults, measure the output.
     """
 
     output: str
     overwrite: bool
     resume: bool
     part: str | None
+    verify: bool
 
 
 @dataclass(frozen=True, kw_only=True)

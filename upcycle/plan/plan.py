@@ -13,6 +13,7 @@ from upcycle.plan.experts import FfnParts, router_deviation, router_rows
 from upcycle.plan.groups import group_notes
 from upcycle.plan.parts import Part, Take, Whole, Zeros
 from upcycle.plan.scaling import LayerScaling, layer_scaling, lossless
+from upcycle.plan.unread import unread_fields
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -112,7 +113,7 @@ def build_plan(
         masses: router weight of the selected experts together, by layer, expected or measured.
         dropped: stored tensors that the model does not need, and why.
     """
-    gated = model.family.ffn.gate is not None
+    gated, family = model.family.ffn.gate is not None, model.family.model_type
     ffn: dict[str, Any] = {"granularity": moe.granularity, "activation": model.activation, "gated": gated}
     scaling = {layer: layer_scaling(init.scaling, mass=masses[layer], **ffn) for layer in moe.layers}
     router_std = router_deviation(init, model.hidden_size)
@@ -121,18 +122,26 @@ def build_plan(
         reason = "replaced by random experts"
         dropped = {**dropped, **{name: reason for layer in moe.layers for name, _ in _ffn_tensors(model, layer)}}
     exact_scale = all(lossless(init.scaling, mass=masses[layer], **ffn) for layer in moe.layers)
+    config = {"model_type": target.model_type, **target.fields(model, moe)}
+    lost, stray = ({}, {}) if target.generic else unread_fields(model.config, config)
     plan = Plan(
         target=target.model_type,
         why=tuple(why),
         moe=moe,
         init=init,
         router_std=router_std,
-        config={"model_type": target.model_type, **target.fields(model, moe)},
+        config=config,
         tensors=tensors,
         dropped=dropped,
         scaling=scaling,
-        losses=tuple(_losses(moe, init, exact_scale=exact_scale, spread=router_std * model.hidden_size**0.5)),
-        notes=tuple(_notes(moe, init, target, router_std)),
+        losses=(
+            *_losses(moe, init, exact_scale=exact_scale, spread=router_std * model.hidden_size**0.5),
+            *(f"{target.model_type} has no field for config.json's {name}={lost[name]}" for name in lost),
+        ),
+        notes=(
+            *_notes(moe, init, target, router_std),
+            *(f"config.json's {name}={stray[name]} is not taken over: {family} has no such field" for name in stray),
+        ),
     )
     check_coverage(plan, model.tensors())
     return plan

@@ -235,6 +235,7 @@ def conversion_request(config: TrainConfig) -> ConvertConfig:
         overwrite=False,
         resume=False,
         part=None,
+        verify=False,
     )
 
 

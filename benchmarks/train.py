@@ -40,10 +40,12 @@ from upcycle.arguments import CONF
 from upcycle.cli import typed_options
 from upcycle.data.bytes_tokenizer import byte_tokenizer
 from upcycle.train.config import TrainConfig
-from upcycle.train.run import Run, train
+from upcycle.train.run import train
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from upcycle.train.prepared import Run
 
 MOE = {
     f"E{e}G{g}T{t}": ("model=upcycle", f"moe.expansion={e}", f"moe.granularity={g}", f"moe.top_k={t}")

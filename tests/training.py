@@ -11,13 +11,15 @@ from hydra import compose, initialize_config_dir
 from upcycle.arguments import CONF
 from upcycle.cli import typed_options
 from upcycle.train.config import TrainConfig
-from upcycle.train.run import Run, train
+from upcycle.train.run import train
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from lightning.pytorch import Callback
+
+    from upcycle.train.prepared import Run
 
 SMALL_MOE = ("moe.expansion=2", "moe.granularity=2", "moe.top_k=2")
 # What differs between two runs that did the same.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from upcycle.prepare import Conversion
     from upcycle.tracking.config import SyncConfig
     from upcycle.train.config import ExportConfig, TrainConfig
-    from upcycle.train.run import Run
+    from upcycle.train.prepared import Run
 
 FORMATS = ("table", "json")
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MANIFEST = "upcycle_manifest.json"
 FORMAT = 1
 PACKAGES = ("upcycle", "torch", "transformers", "safetensors")
-WHERE_NOT_WHAT = ("output", "overwrite", "resume", "max_shard_size", "workers", "part")
+WHERE_NOT_WHAT = ("output", "overwrite", "resume", "max_shard_size", "workers", "part", "verify")
 
 
 def manifest_json(conversion: Conversion, config: ConvertConfig, hashes: Mapping[str, str]) -> str:

@@ -16,7 +16,7 @@ from upcycle.plan.parts import AddNoise, Beside, DropNeurons, Normal, Part, Take
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from upcycle.plan.plan import TargetTensor
+    from upcycle.plan.parts import TargetTensor
 
 SOURCES_AT_ONCE = 2
 

@@ -13,7 +13,7 @@ from upcycle.errors import ConfigError, OutputError
 from upcycle.plan.cost import Cost, cost
 from upcycle.plan.effort import Effort, effort
 from upcycle.plan.groups import settled
-from upcycle.plan.plan import Plan, TargetTensor, build_plan
+from upcycle.plan.plan import Plan, build_plan
 from upcycle.plan.request import check_init, moe_shape
 from upcycle.plan.scaling import expected_mass
 from upcycle.plan.select import select_target
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from upcycle.config import ConversionConfig
+    from upcycle.plan.parts import TargetTensor
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from upcycle.arch.family import Shape
-    from upcycle.plan.parts import Part, Range, Take
-    from upcycle.plan.plan import TargetTensor
+    from upcycle.plan.parts import Part, Range, Take, TargetTensor
 
 
 class SliceMaterialiser(Materialiser):

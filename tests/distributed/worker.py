@@ -34,7 +34,7 @@ from upcycle.errors import UpcycleError
 from upcycle.routing import install
 from upcycle.train import module
 from upcycle.train.config import TrainConfig
-from upcycle.train.fit import device_of
+from upcycle.train.device import device_of
 from upcycle.train.models import start_model
 from upcycle.train.run import train
 

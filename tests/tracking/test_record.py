@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -82,7 +82,10 @@ def written(directory: Path, run: str) -> TrainConfig:
     return training.options(directory, directory, "model=dense", "source=dense")
 
 
-@pytest.mark.parametrize("given", [{"overwrite": True}, {"resume": "auto"}, {"overwrite": True, "resume": "auto"}])
+GIVEN = [{"overwrite": one, "resume": other} for one, other in ((True, False), (False, True), (True, True))]
+
+
+@pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize(
     ("run", "says"),
     [
@@ -93,10 +96,10 @@ def written(directory: Path, run: str) -> TrainConfig:
     ],
 )
 def test_what_another_project_wrote_is_left_alone(tmp_path: Path, given: dict[str, Any], run: str, says: str) -> None:
-    config = replace(written(tmp_path / "run", run), **given)
+    config = written(tmp_path / "run", run)
     before = contents(tmp_path)
     with pytest.raises((RecordError, SourceError), match=says):
-        Record.open(tmp_path / "run", config).create()
+        Record.open(tmp_path / "run", asdict(config), **given).create()
     assert contents(tmp_path) == before
 
 
@@ -104,9 +107,9 @@ def test_a_run_of_another_schema_is_replaced_but_not_gone_on_with(tmp_path: Path
     run = {"schema": 0, "config": {}, "order_hash": "", "data_hash": "", "flops_per_step": 1}
     config = written(tmp_path / "run", json.dumps(run))
     with pytest.raises(RecordError, match="another version of the schema") as error:
-        Record.open(tmp_path / "run", replace(config, resume="auto"))
+        Record.open(tmp_path / "run", asdict(config), overwrite=False, resume=True)
     assert f"{tmp_path / 'run'}: schema 0" in str(error.value)
-    Record.open(tmp_path / "run", replace(config, overwrite=True)).create()
+    Record.open(tmp_path / "run", asdict(config), overwrite=True, resume=False).create()
     assert contents(tmp_path) == {}
 
 

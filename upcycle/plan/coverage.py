@@ -11,25 +11,30 @@ from typing import TYPE_CHECKING
 from upcycle.plan.parts import Range, Take, Whole, numel, taken
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from upcycle.arch.family import Shape
-    from upcycle.plan.plan import Plan
+    from upcycle.plan.parts import TargetTensor
 
 
-def check_coverage(plan: Plan, source: Mapping[str, Shape]) -> None:
+def check_coverage(tensors: Sequence[TargetTensor], source: Mapping[str, Shape], *, dropped: Collection[str]) -> None:
     """Every source element is taken over or its tensor explicitly dropped; every target element is produced once.
+
+    Args:
+        tensors: those to write.
+        source: the dense model's, with their shapes.
+        dropped: names of those that are not taken over.
 
     Raises:
         AssertionError: naming the tensors; the plan is wrong, not the user.
     """
-    twice = [name for name, count in Counter(tensor.name for tensor in plan.tensors).items() if count > 1]
+    twice = [name for name, count in Counter(tensor.name for tensor in tensors).items() if count > 1]
     assert not twice, f"planned twice: {twice}"
-    for tensor in plan.tensors:
+    for tensor in tensors:
         made, needed = sum(numel(part, source) for part in tensor.parts), math.prod(tensor.shape)
         assert made == needed, f"{tensor.name} {tensor.shape}: {made} of {needed} elements produced"
-    parts = [part for tensor in plan.tensors for part in tensor.parts]
-    covered = {part.source for part in parts if isinstance(part, Whole)} | set(plan.dropped)
+    parts = [part for tensor in tensors for part in tensor.parts]
+    covered = {part.source for part in parts if isinstance(part, Whole)} | set(dropped)
     takes: dict[str, set[Take]] = defaultdict(set)
     for take in (take for part in parts for take in taken(part)):
         takes[take.source].add(replace(take, factor=1.0))

@@ -208,3 +208,30 @@ def _inside(outer: Range, inner: Range) -> Range:
 
 def _times(factor: float) -> str:
     return "" if factor == 1.0 else f" * {factor:.9g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetTensor:
+    """One tensor to write: the bytes of its parts one after the other, row-major.
+
+    Attributes:
+        name: name on disk.
+        shape: shape on disk.
+        dtype: safetensors code.
+        parts: what it is made of.
+        kind: backbone, router, expert, shared or shared_gate.
+    """
+
+    name: str
+    shape: Shape
+    dtype: str
+    parts: tuple[Part, ...]
+    kind: str
+
+    @property
+    def provenance(self) -> str:
+        """Where the values come from, in one line."""
+        runs = [str(part) for part in self.parts]
+        if len(runs) > 4:
+            return f"{runs[0]} | {runs[1]} | … {len(runs) - 3} more … | {runs[-1]}"
+        return " | ".join(runs) or "empty"

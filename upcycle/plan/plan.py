@@ -11,7 +11,7 @@ from upcycle.arch.target import Matrix, Target, matrices
 from upcycle.plan.coverage import check_coverage
 from upcycle.plan.experts import FfnParts, router_deviation, router_rows
 from upcycle.plan.groups import group_notes
-from upcycle.plan.parts import Part, Take, Whole, Zeros
+from upcycle.plan.parts import Part, Take, TargetTensor, Whole, Zeros
 from upcycle.plan.scaling import LayerScaling, layer_scaling, lossless
 from upcycle.plan.unread import unread_fields
 
@@ -25,33 +25,6 @@ if TYPE_CHECKING:
 SIGMOID_OF_ZERO = 0.5
 # Where a power law through the measured gaps (see DEFAULT_SPREAD) reaches the report's tolerance of 0.1 %.
 LOSSLESS_SPREAD = 0.027
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetTensor:
-    """One tensor to write: the bytes of its parts one after the other, row-major.
-
-    Attributes:
-        name: name on disk.
-        shape: shape on disk.
-        dtype: safetensors code.
-        parts: what it is made of.
-        kind: backbone, router, expert, shared or shared_gate.
-    """
-
-    name: str
-    shape: Shape
-    dtype: str
-    parts: tuple[Part, ...]
-    kind: str
-
-    @property
-    def provenance(self) -> str:
-        """Where the values come from, in one line."""
-        runs = [str(part) for part in self.parts]
-        if len(runs) > 4:
-            return f"{runs[0]} | {runs[1]} | … {len(runs) - 3} more … | {runs[-1]}"
-        return " | ".join(runs) or "empty"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +116,7 @@ def build_plan(
             *(f"config.json's {name}={stray[name]} is not taken over: {family} has no such field" for name in stray),
         ),
     )
-    check_coverage(plan, model.tensors())
+    check_coverage(tensors, model.tensors(), dropped=dropped)
     return plan
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
     from typing import Self
-
-    from upcycle.train.config import TrainConfig
 
 RUN, METRICS, CHECKPOINTS, MODEL = "run.json", "metrics.jsonl", "checkpoints", "model"
 # What run.json of a training run has, whatever its schema's version.
@@ -54,8 +51,14 @@ class Record:
         self._content: dict[str, Any] = {}
 
     @classmethod
-    def open(cls, directory: Path, config: TrainConfig) -> Self:
+    def open(cls, directory: Path, options: Mapping[str, Any], *, overwrite: bool, resume: bool) -> Self:
         """Check that a run can be written to the directory, or that it holds one to go on with.
+
+        Args:
+            directory: the run's.
+            options: of the run, as run.json will have them.
+            overwrite: an earlier run may be deleted.
+            resume: an earlier run with the same options may be gone on with.
 
         Raises:
             OutputError: something is there that may not be replaced.
@@ -64,10 +67,10 @@ class Record:
             ConfigError: the run that is there was started with other options.
         """
         known = (directory / RUN).is_file()
-        record = cls(directory, overwrite=config.overwrite and known)
+        record = cls(directory, overwrite=overwrite and known)
         if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
             return record
-        if not known or not (config.overwrite or config.resume == "auto"):
+        if not known or not (overwrite or resume):
             raise OutputError(
                 f"the output {directory} exists already",
                 expected="a new directory",
@@ -77,7 +80,7 @@ class Record:
         check_training_run(before, directory)
         if not record.overwrite:
             check_schema(before, directory)
-            _check_same(before["config"], json.loads(json.dumps(asdict(config))))
+            _check_same(before["config"], json.loads(json.dumps(options)))
         return record
 
     def create(self) -> None:

@@ -13,7 +13,7 @@ from upcycle.plan.groups import IN_TRAINING
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-    from upcycle.train.run import Run
+    from upcycle.train.prepared import Run
 
 SHOWN = {"train/loss": "loss", "val/loss": "held out", "train/tokens_per_second": "tokens/s"}
 ROUTING = ("moe/max_vio", "moe/dead_experts", "moe/whole_ffns")

@@ -10,7 +10,7 @@ import torch
 from upcycle.kernels.select import install_kernel
 from upcycle.routing.install import install_routers
 from upcycle.routing.release import joint
-from upcycle.train.fit import device_of
+from upcycle.train.device import device_of
 from upcycle.train.flops import TRAINING_PASSES, forward_flops
 from upcycle.train.schedule import budget_steps, check_schedule
 

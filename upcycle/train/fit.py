@@ -7,7 +7,6 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from torch.utils.data import DataLoader
@@ -17,6 +16,7 @@ from upcycle.distributed.strategy import ShardedStrategy
 from upcycle.quiet import only_warnings
 from upcycle.tracking.status import FINISHED, INTERRUPTED
 from upcycle.train.checkpoints import Checkpoints, checkpoint_io
+from upcycle.train.device import device_of
 from upcycle.train.metrics import ExpertSimilarity, TrainingMetrics
 from upcycle.train.models import conversion_request, dense_shards
 from upcycle.train.similarity import shard_reader
@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback
 
     from upcycle.distributed.ranks import Ranks
-    from upcycle.train.config import TrainConfig
     from upcycle.train.periodic import Periodic
-    from upcycle.train.run import Run
+    from upcycle.train.prepared import Run
 
 _log = logging.getLogger("upcycle")
 
@@ -159,10 +158,3 @@ class _Data(LightningDataModule):
             world=data,
         )
         return DataLoader(corpus.train, batch_sampler=sampler, num_workers=config.workers)
-
-
-def device_of(config: TrainConfig) -> torch.device:
-    """The device that the options name."""
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
 
 from upcycle.checkpoint import hash_files, open_reader
 from upcycle.checkpoint.renames import check_renames
-from upcycle.data.corpus import Corpus, build_corpus
+from upcycle.data.corpus import build_corpus
 from upcycle.data.order import order_hash
 from upcycle.distributed.failure import shared_failure
 from upcycle.distributed.ranks import Ranks, join_ranks
@@ -23,16 +23,17 @@ from upcycle.tracking.schema import SCHEMA_VERSION
 from upcycle.tracking.status import FAILED, FINISHED, RUNNING
 from upcycle.tracking.wandb_training import TrainingMirror
 from upcycle.train.checkpoints import LAST, steps_done
+from upcycle.train.device import device_of
 from upcycle.train.equip import equip
-from upcycle.train.fit import device_of, fit
+from upcycle.train.fit import fit
 from upcycle.train.mirroring import Mirroring
 from upcycle.train.models import Start, start_model
 from upcycle.train.module import TrainingModule
+from upcycle.train.prepared import Run
 from upcycle.train.surroundings import peak_memory, surroundings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from lightning.pytorch import Callback
 
@@ -40,42 +41,6 @@ if TYPE_CHECKING:
     from upcycle.train.equip import Equipment
 
 ORDER_HASHED = 10_000  # samples; an order is one function of the position, so its start identifies it
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A run that is ready to start, or to go on.
-
-    Attributes:
-        config: the options.
-        start: the model and what belongs to it.
-        corpus: the text.
-        record: the run's directory.
-        module: what Lightning trains.
-        kernel: name of the expert kernel; None for a dense model.
-        steps: optimizer steps of the budget.
-        flops_per_step: training FLOPs of one of them.
-        resumed: optimizer steps of an earlier run of the same options.
-        ranks: the processes that train together.
-        shares: of each of them, once its model is there, `bytes_read` of the source's weights where that was counted,
-            and `peak_memory`, the most bytes that the process has held.
-    """
-
-    config: TrainConfig
-    start: Start
-    corpus: Corpus
-    record: Record
-    module: TrainingModule
-    kernel: str | None
-    steps: int
-    flops_per_step: int
-    resumed: int
-    ranks: Ranks
-    shares: tuple[dict[str, int | None], ...]
-
-    @property
-    def last_checkpoint(self) -> Path:
-        return self.record.directory / CHECKPOINTS / LAST
 
 
 def train(config: TrainConfig, *, on_start: Callable[[Run], Sequence[Callback]]) -> Run:
@@ -148,7 +113,8 @@ def prepare_run(config: TrainConfig, ranks: Ranks) -> Run:
     check_batch(config, ranks.layout.data)
     # On every rank: each may see the file system in another way.
     check_renames(expanded(config.output), links=ranks.size > 1)
-    record = (Record if ranks.main else Spectator).open(expanded(config.output), config)
+    kind, again = Record if ranks.main else Spectator, config.resume == "auto"
+    record = kind.open(expanded(config.output), asdict(config), overwrite=config.overwrite, resume=again)
     start = start_model(config, ranks)
     equipment = equip(start, config)
     if config.activation_checkpointing:

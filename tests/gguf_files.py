@@ -28,6 +28,17 @@ def shapes(kv_heads: int = KV_HEADS) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def add_tokenizer(writer):
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(vocabulary())
+    writer.add_token_types([3] + [1] * (len(vocabulary()) - 1))
+    writer.add_token_merges(["h e"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    writer.add_chat_template(TEMPLATE)
+
+
 def write_gguf(path, matrices, *, arch="llama", kv_heads=KV_HEADS, ffn=FFN, dropped=(), extra=None, vectors=Kind.F32):
     """Write a tiny model whose matrices are stored, in turn, in the `matrices` types and whose vectors in `vectors`."""
     writer = gguf.GGUFWriter(path, arch)
@@ -42,14 +53,7 @@ def write_gguf(path, matrices, *, arch="llama", kv_heads=KV_HEADS, ffn=FFN, drop
     writer.add_key_length(HIDDEN // HEADS)
     if kv_heads is not None:
         writer.add_head_count_kv(kv_heads)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(vocabulary())
-    writer.add_token_types([3] + [1] * (len(vocabulary()) - 1))
-    writer.add_token_merges(["h e"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    writer.add_chat_template(TEMPLATE)
+    add_tokenizer(writer)
     generator = np.random.default_rng(0)
     stored = shapes(kv_heads or HEADS) | (extra or {})
     for position, (name, shape) in enumerate(stored.items()):

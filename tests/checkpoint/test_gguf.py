@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 
 import pytest
 import torch
 import training
 from gguf import GGMLQuantizationType as Kind
-from gguf_files import HEADS, HIDDEN, KV_HEADS, LAYERS, TEMPLATE, shapes, write_gguf
+from gguf_files import HEADS, HIDDEN, KV_HEADS, LAYERS, TEMPLATE, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from upcycle.checkpoint import gguf_config, open_reader, write_gguf_tokenizer
@@ -101,14 +100,6 @@ def test_tokenizer(tmp_path):
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
     assert ours("he said<|end|>").input_ids == theirs("he said<|end|>").input_ids
     assert ours.chat_template == TEMPLATE
-
-
-def test_tensors_beyond_the_model_are_skipped_and_said(tmp_path, caplog):
-    path = write_gguf(tmp_path / "tiny.gguf", [Kind.F32], extra={"rope_freqs.weight": (8,)})
-    with caplog.at_level(logging.WARNING, "upcycle"):
-        reader = open_reader(path)
-    assert "no place for: rope_freqs.weight" in caplog.text
-    assert len(reader.tensors) == len(shapes())
 
 
 def test_a_missing_tensor(tmp_path):

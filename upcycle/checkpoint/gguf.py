@@ -1,13 +1,12 @@
 """Reads GGUF files as Hugging Face tensors, one dequantised tensor at a time. Alone in this room it knows transformers.
 
-Names, configuration and value transforms are transformers' own (`modeling_gguf_pytorch_utils`), so that a tensor read
-here equals the one `from_pretrained(…, gguf_file=…)` loads.
+Names and value transforms are transformers' own (`modeling_gguf_pytorch_utils`), so that a tensor read here equals the
+one `from_pretrained(…, gguf_file=…)` loads. The configuration is what the metadata says (`gguf_meaning`).
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import struct
 from collections import Counter
@@ -18,6 +17,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from upcycle.checkpoint.dtypes import torch_dtype
+from upcycle.checkpoint.gguf_keys import refusal
+from upcycle.checkpoint.gguf_meaning import configuration, honoured
+from upcycle.checkpoint.gguf_rope import ROPE_TENSORS
 from upcycle.checkpoint.tensors import TensorInfo
 from upcycle.errors import SourceError
 
@@ -25,10 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-_log = logging.getLogger("upcycle")
 _HALVES: Final = ("F16", "BF16")
 # What gguf and transformers raise on damaged bytes; their readers check little before they index.
-_DAMAGE: Final = (ValueError, LookupError, OverflowError, struct.error, TypeError)
+_DAMAGE: Final = (ValueError, LookupError, ArithmeticError, struct.error, TypeError)
 
 
 class GgufReader:
@@ -42,7 +43,8 @@ class GgufReader:
 
     Raises:
         SourceError: the file is damaged, its architecture is unknown to transformers' GGUF tables or is not a dense
-            causal language model, or tensors of the model are missing from it.
+            causal language model, tensors of the model are missing from it, or it has a key or tensor that the model
+            would not compute with.
     """
 
     unlisted: Final = frozenset[str]()
@@ -61,9 +63,7 @@ class GgufReader:
         missing = shapes.keys() - self._gguf_names.keys() - tied
         if missing:
             raise SourceError(f"{path} lacks tensors of its model", found=f"no {', '.join(sorted(missing))}")
-        skipped = sorted(self._stored.keys() - self._hf_names.keys())
-        if skipped:
-            _log.warning("%s: skipping tensors that the model has no place for: %s", path, ", ".join(skipped))
+        self._check_all_placed(path, parsed["model_type"])
         self.tensors = {
             hf: TensorInfo(name=hf, dtype=self._dtype(name), shape=shapes[hf], file=path)
             for name in self._stored
@@ -108,6 +108,12 @@ class GgufReader:
                 expected="a dense model",
             )
 
+    def _check_all_placed(self, path: Path, model_type: str) -> None:
+        unplaced = sorted(self._stored.keys() - self._hf_names.keys() - ROPE_TENSORS)
+        if unplaced:
+            more = f" and {len(unplaced) - 5} more" if len(unplaced) > 5 else ""
+            raise refusal(path, ", ".join(unplaced[:5]) + more, f"tensors that a {model_type} model has a place for")
+
     def _present(self) -> list[str]:
         return [name for name in self._stored if name in self._hf_names]
 
@@ -119,11 +125,11 @@ def gguf_config(path: Path) -> dict[str, Any]:
     tensors that this room reads are dequantised.
 
     Raises:
-        SourceError: the file is damaged or its architecture is unknown.
+        SourceError: the file is damaged, its architecture is unknown, or it says what such a model does not compute.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config = _hf_config(_parsed_config(path)[1])
+    config = configuration(path, _parsed_config(path)[1])
     content: dict[str, Any] = json.loads(config.to_json_string())
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         content.pop(key, None)
@@ -158,7 +164,7 @@ def write_gguf_tokenizer(path: Path, directory: Path) -> tuple[str, ...]:
 
 
 def _parsed_config(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return the GGUF architecture name and the Hugging Face configuration that transformers makes of the metadata."""
+    """Return the GGUF architecture name and the fields of the Hugging Face configuration that the metadata means."""
     with _reporting_damage(path):
         status = path.stat()
     return _parse(path, status.st_size, status.st_mtime_ns)
@@ -170,7 +176,8 @@ def _parse(path: Path, _size: int, _modified: int) -> tuple[str, dict[str, Any]]
     from transformers.integrations.gguf.reader import read_gguf_metadata
 
     with _reporting_damage(path):
-        architecture = read_gguf_metadata(str(path))[0]["general.architecture"]
+        metadata, names = read_gguf_metadata(str(path))
+        architecture = metadata["general.architecture"]
         if architecture not in tables.GGUF_SUPPORTED_ARCHITECTURES:
             raise SourceError(
                 f"{path} has an architecture that cannot be read from GGUF",
@@ -179,13 +186,18 @@ def _parse(path: Path, _size: int, _modified: int) -> tuple[str, dict[str, Any]]
                 remedy="use the model's safetensors files",
             )
         parsed: dict[str, Any] = tables.load_gguf_checkpoint(str(path))["config"]
-    return architecture, parsed
+        return architecture, honoured(path, metadata, parsed, names, _rope_tensors(path, names))
 
 
-def _hf_config(parsed: dict[str, Any]) -> Any:
-    from transformers import CONFIG_MAPPING
+def _rope_tensors(path: Path, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The file's tensors of rotary positions, as float32."""
+    if not ROPE_TENSORS.intersection(names):
+        return {}
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
 
-    return CONFIG_MAPPING[parsed["model_type"]].from_dict(dict(parsed))
+    stored = [tensor for tensor in GGUFReader(path).tensors if tensor.name in ROPE_TENSORS]
+    return {tensor.name: _owned(dequantize(tensor.data, tensor.tensor_type)).float() for tensor in stored}
 
 
 def _processor(architecture: str, parsed: dict[str, Any]) -> Any:
@@ -207,7 +219,7 @@ def _model_names(
     from transformers import AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
-    config = _hf_config(parsed)
+    config = configuration(path, parsed)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)

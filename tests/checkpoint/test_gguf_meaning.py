@@ -244,6 +244,7 @@ REFUSED = [
     ("llama", {"residual_scale": 0.25}, "residual_scale = 0.25"),
     ("llama", {"embedding_scale": 12.0}, "embedding_scale = 12.0"),
     ("llama", {"attention.scale": 0.1}, "attention.scale = 0.1"),
+    ("gemma2", {"attention.scale": 0.11}, "query_pre_attn_scalar.* 82.6"),
     ("llama", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
     ("llama", {"attention.sliding_window": 4}, "attention.sliding_window = 4"),
     ("qwen2", {"attention.sliding_window": 4}, "attention.sliding_window = 4"),

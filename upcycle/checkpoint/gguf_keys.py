@@ -39,9 +39,10 @@ class Key:
     convert: Callable[[Any], Any] = lambda value: value
 
 
-def _scalar_of(scale: float) -> int:
-    """The number whose inverse square root scales attention scores."""
-    return round(scale**-2) if scale > 0 else 0
+def _scalar_of(scale: float) -> float:
+    """The number whose inverse square root scales attention scores; configurations refuse one that is not whole."""
+    exact = scale**-2
+    return round(exact) if abs(exact - round(exact)) <= 1e-5 * exact else exact
 
 
 def _head_scale(values: Mapping[str, Any]) -> float:

@@ -5,13 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from upcycle.plan.plan import Plan
 
 
-def model_card(manifest: Mapping[str, Any], plan: Plan) -> str:
-    """README.md in the Hub's format, from the manifest."""
+def model_card(manifest: Mapping[str, Any], plan: Plan, remarks: Sequence[str]) -> str:
+    """README.md in the Hub's format.
+
+    Args:
+        manifest: the checkpoint's.
+        plan: what was written.
+        remarks: what a user of the tokenizer should know.
+    """
     moe, cost = plan.moe, manifest["cost"]
     remote = ", trust_remote_code=True" if plan.target == "upcycled_moe" else ""
     step_0 = "\n".join(f"- {line}" for line in plan.losses) or "- equals the dense model up to rounding"
@@ -49,19 +55,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY"{remote})
 tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")
 ```
-
+{_listed(remarks)}
 Initialised, not trained: train it before use. `upcycle_manifest.json` says where each tensor comes from. The licence
 of the source model applies.
 """
 
 
-def trained_card(manifest: Mapping[str, Any], *, model_type: str, parameters: int) -> str:
+def trained_card(manifest: Mapping[str, Any], *, model_type: str, parameters: int, remarks: Sequence[str]) -> str:
     """README.md of an exported run, in the Hub's format.
 
     Args:
         manifest: the checkpoint's, with its training record.
         model_type: of transformers.
         parameters: of the model.
+        remarks: what a user of the tokenizer should know.
     """
     training = manifest["training"]
     config, summary = training["config"], training["summary"]
@@ -99,6 +106,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY"{remote})
 tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")
 ```
-
+{_listed(remarks)}
 Trained by `upcycle train`; `upcycle_manifest.json` holds every option. The licences of source model and data apply.
 """
+
+
+def _listed(remarks: Sequence[str]) -> str:
+    return "".join(["\n", *(f"- {line}\n" for line in remarks)] if remarks else [])

@@ -7,12 +7,11 @@ import json
 import logging
 import platform
 import shutil
-import tempfile
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.arch.targets import TARGETS
+from upcycle.beside import gathered, left_out
 from upcycle.card import model_card
 from upcycle.checkpoint import (
     StagedFiles,
@@ -22,19 +21,19 @@ from upcycle.checkpoint import (
     dtype_name,
     hash_files,
     index_json,
-    write_gguf_tokenizer,
 )
 from upcycle.errors import ConfigError, OutputError, SourceError
 from upcycle.manifest import MANIFEST, manifest_json, versions
-from upcycle.modeling import REMOTE_CODE_FILES
 from upcycle.part import Part, parse_part
 from upcycle.prepare import Conversion, prepare
 from upcycle.source import expanded
 from upcycle.workers import OnBytes, ShardWork, write_in_processes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
+    from upcycle.beside import Beside
     from upcycle.checkpoint import Shard
     from upcycle.config import ConvertConfig
 
@@ -64,7 +63,12 @@ def convert(config: ConvertConfig, *, on_plan: Callable[[Conversion, int], OnByt
     check_replaceable(output.resolve(), overwrite=config.overwrite)  # before a download, and before calibration
     conversion = prepare(config, execute=True)
     mine = part.of(conversion.shards) if part else conversion.shards
-    with _staging(conversion, config, part) as staging, _keeping_what_can_be_resumed(staging, conversion, part):
+    config_json = json.dumps(output_config(conversion), indent=2, sort_keys=True) + "\n"
+    with (
+        gathered(conversion.source.path, config_json) as beside,
+        _staging(conversion, config, part) as staging,
+        _keeping_what_can_be_resumed(staging, conversion, part),
+    ):
         _check_disk(staging, conversion.shards, conversion.free)
         on_bytes = on_plan(conversion, sum(shard.nbytes for shard in mine))
         hashes = None if part else hash_files(conversion.source.files)
@@ -73,8 +77,11 @@ def convert(config: ConvertConfig, *, on_plan: Callable[[Conversion, int], OnByt
             others = ", ".join(f"part={each}" for each in missing)
             logger.info("part=%s is complete, and these are not: %s; the last one makes %s", part, others, output)
             return None
-        _write_beside(conversion, config, staging, (hashes or hash_files(conversion.source.files)).result())
+        sha256 = (hashes or hash_files(conversion.source.files)).result()
+        _write_beside(conversion, manifest_json(conversion, config, sha256), config_json, beside, staging)
         staging.commit()
+        if left := left_out(conversion.source.path):
+            logger.info("left behind in %s: %s", conversion.source.path, ", ".join(left))
     return output
 
 
@@ -160,15 +167,14 @@ def _incomplete(part: Part, conversion: Conversion, staging: Staging) -> list[Pa
     return [each for each in part.all() if not all(map(staging.has, each.of(conversion.shards)))]
 
 
-def _write_beside(conversion: Conversion, config: ConvertConfig, staging: Staging, hashes: Mapping[str, str]) -> None:
+def _write_beside(conversion: Conversion, manifest: str, config_json: str, beside: Beside, staging: Staging) -> None:
     """Write everything that is not weights."""
     if len(conversion.shards) > 1:
         staging.write_text("model.safetensors.index.json", index_json(conversion.shards))
-    manifest = manifest_json(conversion, config, hashes)
     staging.write_text(MANIFEST, manifest)
-    staging.write_text("config.json", json.dumps(output_config(conversion), indent=2, sort_keys=True) + "\n")
-    staging.write_text("README.md", model_card(json.loads(manifest), conversion.plan))
-    _auxiliary(conversion, staging)
+    staging.write_text("config.json", config_json)
+    staging.write_text("README.md", model_card(json.loads(manifest), conversion.plan, beside.remarks))
+    beside.stage(staging, conversion.plan.target)
 
 
 def _fingerprint(conversion: Conversion, config: ConvertConfig) -> str:
@@ -199,17 +205,3 @@ def _check_disk(staging: Staging, shards: Sequence[Shard], free: int) -> None:
             expected=f"{needed / 1e9:.2f} GB",
             remedy="free space, write elsewhere, or set dtype=bfloat16 or a smaller moe.expansion",
         )
-
-
-def _auxiliary(conversion: Conversion, staging: Staging) -> None:
-    source = conversion.source
-    for file in source.auxiliary_files():
-        staging.copy_file(file, str(file.relative_to(source.path)))
-    if source.is_gguf:
-        with tempfile.TemporaryDirectory() as directory:
-            write_gguf_tokenizer(source.path, Path(directory))
-            for file in sorted(Path(directory).iterdir()):
-                staging.copy_file(file, file.name)
-    if conversion.plan.target == "upcycled_moe":
-        for file in REMOTE_CODE_FILES:
-            staging.copy_file(file, file.name)

@@ -6,6 +6,7 @@ import math
 import warnings
 from contextlib import contextmanager
 from functools import reduce
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,6 @@ from upcycle.model_config import load_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from pathlib import Path
 
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,25 +100,26 @@ def load_tokenizer(source: DenseSource) -> PreTrainedTokenizerBase:
     Raises:
         SourceError: the source has none.
     """
-    if source.is_gguf:
-        return load_tokenizer_from(source.path.parent, gguf_file=source.path.name)
     return load_tokenizer_from(source.path)
 
 
-def load_tokenizer_from(place: Path | str, **options: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer in a directory, or of a Hub id.
+def load_tokenizer_from(place: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a directory or a GGUF file, or of a Hub id; code that comes with it is not run.
 
     Raises:
-        SourceError: there is none.
+        SourceError: there is none, or it is damaged, or needs its code.
     """
     from transformers import AutoTokenizer
 
+    where, options = place, {}
+    if isinstance(place, Path) and place.suffix == ".gguf":
+        where, options = place.parent, {"gguf_file": place.name}
     try:
-        return AutoTokenizer.from_pretrained(place, **options)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+    except Exception as error:  # tokenizers raises bare ones about damaged files
         raise SourceError(
             "there is no tokenizer that transformers can load",
-            found=place,
+            found=f"{place}: {' '.join(str(error).split()):.200}",
             remedy="add the tokenizer files to the model's directory",
         ) from error
 

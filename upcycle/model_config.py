@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from upcycle.adapter import check_no_adapter
 from upcycle.errors import SourceError
 
 if TYPE_CHECKING:
@@ -15,8 +16,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The content of config.json.
 
     Raises:
-        SourceError: there is none, or it is not a JSON object.
+        SourceError: there is none, or it is not a JSON object; or an adapter lies there.
     """
+    check_no_adapter(directory)
     file = directory / "config.json"
     try:
         raw = json.loads(file.read_text())

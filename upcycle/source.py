@@ -14,6 +14,7 @@ import torch
 from upcycle.arch.families import FAMILIES
 from upcycle.arch.family import DenseModel, Shape, describe
 from upcycle.arch.targets import TARGETS
+from upcycle.auxiliary import HUB
 from upcycle.checkpoint import (
     TensorReader,
     code_from_name,
@@ -36,20 +37,6 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 FLOATING = ("F64", "F32", "BF16", "F16")
 EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-AUXILIARY = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "generation_config.json",
-    "*.model",
-    "*.tiktoken",
-    "LICENSE*",
-    "NOTICE*",
-)
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 _log = logging.getLogger("upcycle")
 
@@ -126,13 +113,6 @@ class DenseSource:
             return code_from_name(str(self.model.config.dtype or "float32").removeprefix("torch."))
         return self.reader.tensors[self.stored[name]].dtype
 
-    def auxiliary_files(self) -> list[Path]:
-        """Tokenizer, chat template, generation config and licence files of a directory, sorted."""
-        if self.is_gguf:
-            return []
-        found = {file for pattern in AUXILIARY for file in self.path.glob(pattern) if file.is_file()}
-        return sorted(found)
-
 
 def open_source(given: str, *, need_weights: bool = True) -> DenseSource:
     """Open a dense model.
@@ -204,7 +184,7 @@ def _download(hub_id: str, *, need_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["config.json", "*.index.json", *AUXILIARY, *(WEIGHTS if need_weights else ())]
+    patterns = ["config.json", "*.index.json", *HUB, *(WEIGHTS if need_weights else ())]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -2,6 +2,7 @@
 
 from upcycle.checkpoint.dtypes import TORCH_DTYPES, code_from_name, dtype_bytes, dtype_code, dtype_name, torch_dtype
 from upcycle.checkpoint.gguf import gguf_config, write_gguf_tokenizer
+from upcycle.checkpoint.gguf_generation import gguf_generation, gguf_sampling
 from upcycle.checkpoint.hashing import hash_files, sha256_file
 from upcycle.checkpoint.pointer import is_pointer, not_downloaded
 from upcycle.checkpoint.reader import TensorInfo, TensorReader, has_weights, open_reader, read_index_names
@@ -29,6 +30,8 @@ __all__ = [
     "dtype_code",
     "dtype_name",
     "gguf_config",
+    "gguf_generation",
+    "gguf_sampling",
     "has_weights",
     "hash_files",
     "index_json",

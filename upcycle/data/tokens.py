@@ -15,6 +15,7 @@ import numpy as np
 
 from upcycle.data.cache import BOUNDS, TOKENS, TokenFile, cached_tokens
 from upcycle.errors import ConfigError, SourceError
+from upcycle.tokenizer import backend_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,9 +79,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
         raise ConfigError(
             "the tokenizer has no end-of-text token", found=name, remedy="set eos_token in tokenizer_config.json"
         )
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    # The state that the last call left behind.
-    kept = {field: value for field, value in content.items() if field not in ("truncation", "padding")}
+    kept = backend_state(tokenizer)
     kept["upcycle"] = [tokenizer.eos_token_id, getattr(tokenizer, "split_special_tokens", False)]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 
 from upcycle.arch.targets import TARGETS
 from upcycle.arguments import CONF, quoted, typed_options
+from upcycle.auxiliary import auxiliary_files
 from upcycle.checkpoint import Staging
 from upcycle.errors import ConfigError, SourceError
 from upcycle.manifest import read_manifest
@@ -64,7 +65,7 @@ def _from_run(config: ExportConfig, directory: Path) -> Path:
     check_tokenizer(directory / MODEL)
     model, _ = exported_config(directory / MODEL, trained, run["manifest"], trained.moe.groups)
     files = _files(config, model, run["manifest"], trained, run["steps"] if config.steps is None else config.steps)
-    return export(config, beside=files)
+    return export(config, more=files)
 
 
 def _from_checkpoint(config: ExportConfig, directory: Path) -> Path:
@@ -79,9 +80,10 @@ def _from_checkpoint(config: ExportConfig, directory: Path) -> Path:
         raise SourceError("the checkpoint has no weights", found=directory, expected="*.safetensors")
     fingerprint = hashlib.sha256(repr((str(directory), sorted(files.items()))).encode()).hexdigest()
     with Staging.open(output, fingerprint=fingerprint, overwrite=config.overwrite, resume=False) as staging:
-        for file in sorted(directory.iterdir()):
-            if file.is_file() and file.name not in files:
-                staging.copy_file(file, file.name)
+        for file in sorted({*directory.iterdir(), *auxiliary_files(directory)}):
+            name = file.relative_to(directory).as_posix()
+            if file.is_file() and name not in files:
+                staging.copy_file(file, name)
         for name, text in files.items():
             staging.write_text(name, text)
         staging.commit()

@@ -12,13 +12,14 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from upcycle.arch.targets import TARGETS
+from upcycle.auxiliary import GENERATION_CONFIG
+from upcycle.beside import gathered
 from upcycle.card import trained_card
 from upcycle.checkpoint import Staging
 from upcycle.errors import ConfigError, OutputError
 from upcycle.load import quietly
 from upcycle.manifest import FORMAT, MANIFEST
 from upcycle.model_config import load_config
-from upcycle.modeling import REMOTE_CODE_FILES
 from upcycle.moe_config import describe_config, regrouped
 from upcycle.prepare import check_apart
 from upcycle.routing.export import export_fields
@@ -40,12 +41,12 @@ PREFIX = "model."
 KEPT = ("train/loss", "val/loss", "train/tokens", "train/flops")
 
 
-def export(config: ExportConfig, *, beside: Mapping[str, str] | None = None) -> Path:
+def export(config: ExportConfig, *, more: Mapping[str, str] | None = None) -> Path:
     """Write a run's checkpoint, and load it again to compare every tensor.
 
     Args:
         config: the options; those of a recipe are not looked at.
-        beside: texts of further files, by name.
+        more: texts of further files, by name.
 
     Raises:
         SourceError: there is no run, or no checkpoint in it.
@@ -66,17 +67,26 @@ def export(config: ExportConfig, *, beside: Mapping[str, str] | None = None) -> 
         model, moe = _model(directory / MODEL, trained, run["manifest"], own_weights(content["state_dict"]), groups)
         nn.Module.to(model, dtype)
         fingerprint = hashlib.sha256(json.dumps([run["config"], content["global_step"]]).encode()).hexdigest()
-        with Staging.open(output, fingerprint=fingerprint, overwrite=config.overwrite, resume=False) as staging:
+        with (
+            gathered(directory / MODEL, model.config.to_json_string()) as beside,
+            Staging.open(output, fingerprint=fingerprint, overwrite=config.overwrite, resume=False) as staging,
+        ):
             model.save_pretrained(staging.directory)
             for file in staging.directory.glob("*.safetensors"):
                 shutil.copymode(staging.directory / "config.json", file)  # safetensors' is for its owner alone
-            _beside(staging, directory / MODEL, model)
+            (staging.directory / GENERATION_CONFIG).unlink(missing_ok=True)  # made of config.json
+            beside.stage(staging, model.config.model_type)
             manifest = {"format": FORMAT, **run["manifest"], "training": _training(run, content, config)}
             if moe and "moe" in manifest:
                 manifest["moe"] = {**manifest["moe"], "groups": moe.groups}
             staging.write_text(MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-            card = trained_card(manifest, model_type=model.config.model_type, parameters=model.num_parameters())
-            for name, text in {"README.md": card, **(beside or {})}.items():
+            card = trained_card(
+                manifest,
+                model_type=model.config.model_type,
+                parameters=model.num_parameters(),
+                remarks=beside.remarks,
+            )
+            for name, text in {"README.md": card, **(more or {})}.items():
                 staging.write_text(name, text)
             _check_loads(staging.directory, own_weights(content["state_dict"]), dtype)
             staging.commit()
@@ -117,15 +127,6 @@ def _model(
     model.load_state_dict(state)
     model.eval()
     return model, moe
-
-
-def _beside(staging: Staging, description: Path, model: PreTrainedModel) -> None:
-    for file in sorted(description.iterdir()):
-        if file.name != "config.json":
-            staging.copy_file(file, file.name)
-    if model.config.model_type == "upcycled_moe":
-        for file in REMOTE_CODE_FILES:
-            staging.copy_file(file, file.name)
 
 
 def _training(run: dict[str, Any], content: dict[str, Any], config: ExportConfig) -> dict[str, Any]:

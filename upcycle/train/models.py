@@ -59,6 +59,8 @@ class Start:
         tokenizer: the model's.
         moe: its shape; None for a dense model.
         source: the dense model that it came from, or that it is; None where there is none.
+        origin: directory or GGUF file of the model, whose files beside config and weights belong to it; None where only
+            the tokenizer does.
         manifest: what `upcycle convert` would have written about it, or the checkpoint's own; empty where neither is.
         bytes_read: by this rank, of the source's weights, where each rank reads what its shard needs.
     """
@@ -67,6 +69,7 @@ class Start:
     tokenizer: PreTrainedTokenizerBase
     moe: MoeDescription | None
     source: DenseSource | None
+    origin: Path | None
     manifest: dict[str, Any]
     bytes_read: int | None = None
 
@@ -139,7 +142,8 @@ def _dense(config: TrainConfig, ranks: Ranks) -> Start:
     _check_sliceable(source, ranks)
     with laid_out(replace(ranks.layout, ep=1)) as layout:
         model = load_dense(source, **layout)
-    return Start(model=model, tokenizer=_tokenizer(config, source), moe=None, source=source, manifest={})
+    tokenizer = _tokenizer(config, source)
+    return Start(model=model, tokenizer=tokenizer, moe=None, source=source, origin=source.path, manifest={})
 
 
 def _upcycle(config: TrainConfig, ranks: Ranks) -> Start:
@@ -202,7 +206,7 @@ def _from_architecture(config: TrainConfig, architecture: dict[str, Any], ranks:
         model = _random(_transformers_config(fields), ranks)
     except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
         raise ConfigError("architecture is not valid", found=" ".join(str(error).split())) from error
-    return Start(model=model, tokenizer=tokenizer, moe=None, source=None, manifest={})
+    return Start(model=model, tokenizer=tokenizer, moe=None, source=None, origin=None, manifest={})
 
 
 def _checkpoint(config: TrainConfig, ranks: Ranks) -> Start:
@@ -216,7 +220,8 @@ def _checkpoint(config: TrainConfig, ranks: Ranks) -> Start:
         model = load_checkpoint(directory, **layout)
     origin = manifest.get("source", {}).get("given")
     source = open_source(origin) if origin and Path(origin).expanduser().exists() else None
-    return Start(model=model, tokenizer=_tokenizer(config, directory), moe=moe, source=source, manifest=manifest)
+    tokenizer = _tokenizer(config, directory)
+    return Start(model=model, tokenizer=tokenizer, moe=moe, source=source, origin=directory, manifest=manifest)
 
 
 def conversion_request(config: TrainConfig) -> ConvertConfig:
@@ -263,6 +268,7 @@ def _of_conversion(
         tokenizer=_tokenizer(config, conversion.source),
         moe=describe_config(TARGETS[conversion.plan.target], model.config, manifest),
         source=conversion.source,
+        origin=conversion.source.path,
         manifest=manifest,
     )
 

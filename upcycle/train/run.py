@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
 
+from upcycle.beside import gathered
 from upcycle.checkpoint import hash_files, open_reader
 from upcycle.checkpoint.renames import check_renames
 from upcycle.data.corpus import build_corpus
@@ -14,6 +17,7 @@ from upcycle.data.order import order_hash
 from upcycle.distributed.failure import shared_failure
 from upcycle.distributed.ranks import Ranks, join_ranks
 from upcycle.errors import ConfigError
+from upcycle.files import output_errors
 from upcycle.load import load_dense
 from upcycle.source import expanded
 from upcycle.tracking.claim import claimed
@@ -34,9 +38,13 @@ from upcycle.train.surroundings import peak_memory, surroundings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
+    from pathlib import Path
 
     from lightning.pytorch import Callback
+    from transformers import PreTrainedModel
 
+    from upcycle.beside import Beside
     from upcycle.train.config import TrainConfig
     from upcycle.train.equip import Equipment
 
@@ -70,8 +78,11 @@ def _train(run: Run, on_start: Callable[[Run], Sequence[Callback]]) -> Run:
         return run
     callbacks = on_start(run)
     mirror = TrainingMirror(run.record, run.config.wandb)
-    run.record.create()
-    with claimed(run.record.directory):
+    with ExitStack() as held:
+        with _gathered(run.start, run.config) as beside:
+            run.record.create()
+            held.enter_context(claimed(run.record.directory))
+            _keep_model(run.start.model, beside, run.record.directory / MODEL)
         _describe(run)
         with mirror:
             try:
@@ -88,9 +99,6 @@ def _train(run: Run, on_start: Callable[[Run], Sequence[Callback]]) -> Run:
 
 def _describe(run: Run) -> None:
     """Write what is known of a run before its first step."""
-    directory = run.record.directory / MODEL
-    run.start.model.config.save_pretrained(directory)
-    run.start.tokenizer.save_pretrained(directory)
     run.record.describe(
         schema=SCHEMA_VERSION,
         status=RUNNING,
@@ -106,6 +114,25 @@ def _describe(run: Run) -> None:
         source_sha256=_source_sha256(run.start, run.config),
         manifest=run.start.manifest,
     )
+
+
+def _gathered(start: Start, config: TrainConfig) -> AbstractContextManager[Beside]:
+    own = start.origin is not None and config.tokenizer is None
+    tokenizer = None if own else start.tokenizer
+    return gathered(start.origin, start.model.config.to_json_string(), tokenizer=tokenizer)
+
+
+def _keep_model(model: PreTrainedModel, beside: Beside, directory: Path) -> None:
+    """Write what an export needs beside weights, and nothing else."""
+    with output_errors(directory):
+        model.config.save_pretrained(directory)
+        for name, file in beside.files.items():
+            (directory / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, directory / name)
+        kept = {directory / name for name in ("config.json", *beside.files)}
+        for file in directory.rglob("*"):
+            if file.is_file() and file not in kept:
+                file.unlink()
 
 
 def prepare_run(config: TrainConfig, ranks: Ranks) -> Run:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEXTS: Final = (
-    "The year 2023 was GOOD, iPhone and McDonald's too.",
+    "The year 2023 was GOOD , iPhone and McDonald 's too .",
     "  two spaces,\ttab\n\n  new lines \r\nand an end ",
     "def f(x):\n    return x[0] ** 1234567 != -3.14  # ok",
     "naïve Café, e\u0301 and ﬁ; Привет; שלום",

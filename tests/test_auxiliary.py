@@ -16,6 +16,7 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoTokenizer
 
 from upcycle.auxiliary import auxiliary_files, left_behind
+from upcycle.errors import SourceError
 from upcycle.source import open_source
 
 if TYPE_CHECKING:
@@ -115,6 +116,13 @@ def test_from_the_hub(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     names = [[file.name for file in auxiliary_files(directory)] for directory in (source, tmp_path / "snapshot")]
     assert names[0] == names[1]
     assert not (tmp_path / "snapshot" / "figure.png").exists()
+
+
+def test_a_file_that_was_not_downloaded(source: Path, tmp_path: Path) -> None:
+    (source / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n")
+    with pytest.raises(SourceError, match="tokenizer.json was not downloaded"):
+        conversions.run(conversions.options(source, tmp_path / "moe"))
+    assert not (tmp_path / "moe").exists()
 
 
 def test_nothing_is_said_where_nothing_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,17 +1,17 @@
-"""An adapter in a model's directory, which PEFT would apply and other readers would not. Knows names only."""
+"""An adapter in a model's directory, which PEFT would apply and other readers would not."""
 
 from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING, Final
 
+from upcycle.checkpoint import has_weights
 from upcycle.errors import SourceError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 ADAPTER: Final = "adapter_config.json"
-_WEIGHTS: Final = ("*.safetensors", "pytorch_model*.bin")
 _MERGE: Final = "PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(DIR)"
 
 
@@ -24,7 +24,7 @@ def check_no_adapter(directory: Path) -> None:
     file = directory / ADAPTER
     if not file.is_file():
         return
-    if _has_model(directory):
+    if has_weights(directory):
         raise SourceError(
             "an adapter lies beside the model: transformers applies it where PEFT is installed, and not elsewhere",
             found=f"{file}, for {_base(file)}",
@@ -38,11 +38,6 @@ def check_no_adapter(directory: Path) -> None:
         expected="a full model's directory",
         remedy=f"load its base model, merge it with PEFT ({_MERGE}), and give DIR",
     )
-
-
-def _has_model(directory: Path) -> bool:
-    found = (file.name for pattern in _WEIGHTS for file in directory.glob(pattern))
-    return any(not name.startswith("adapter_") for name in found)
 
 
 def _base(file: Path) -> str:

@@ -24,7 +24,7 @@ from upcycle.auxiliary import (
     other_files,
     tokenizer_files,
 )
-from upcycle.checkpoint import gguf_generation, gguf_sampling, write_gguf_tokenizer
+from upcycle.checkpoint import gguf_generation, gguf_sampling, is_pointer, not_downloaded, write_gguf_tokenizer
 from upcycle.errors import SourceError
 from upcycle.load import load_tokenizer_from
 from upcycle.modeling import REMOTE_CODE_FILES
@@ -74,7 +74,7 @@ def gathered(origin: Path | None, config: str, *, tokenizer: PreTrainedTokenizer
         tokenizer: takes the place of the origin's.
 
     Raises:
-        SourceError: with no class does the tokenizer there do what the origin's does.
+        SourceError: with no class does the tokenizer there do what the origin's does; or a file was not downloaded.
     """
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place)
@@ -105,6 +105,8 @@ def _gather(origin: Path, directory: Path, *, with_tokenizer: bool) -> None:
             write_gguf_tokenizer(origin, directory)
         return
     for file in auxiliary_files(origin) if with_tokenizer else other_files(origin):
+        if is_pointer(file):
+            raise not_downloaded(file)
         target = directory / file.relative_to(origin)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)

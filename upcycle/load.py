@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from upcycle.errors import ConfigError, SourceError
+from upcycle.json_files import check_objects
 from upcycle.model_config import load_config
 
 if TYPE_CHECKING:
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from upcycle.source import DenseSource
+
+# What transformers reads besides config.json and the weights.
+GENERATION = ("generation_config.json",)
+TOKENIZER = (
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "vocab.json",
+)
 
 
 def load_dense(source: DenseSource, dtype: torch.dtype = torch.float32, **layout: Any) -> PreTrainedModel:
@@ -68,8 +76,10 @@ def from_pretrained(kind: Any, place: Path | None, **arguments: Any) -> PreTrain
     config then says so, and what is made of the model keeps them too.
 
     Raises:
-        SourceError: weights that are damaged, incomplete, or another model's.
+        SourceError: weights that are damaged, incomplete, or another model's; a damaged generation_config.json.
     """
+    if place is not None:
+        check_objects(place, GENERATION)  # transformers goes on without one that is damaged
     try:
         model, info = kind.from_pretrained(place, output_loading_info=True, **arguments)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -107,13 +117,15 @@ def load_tokenizer_from(place: Path | str) -> PreTrainedTokenizerBase:
     """The tokenizer in a directory or a GGUF file, or of a Hub id; code that comes with it is not run.
 
     Raises:
-        SourceError: there is none, or it is damaged, or needs its code.
+        SourceError: there is none, or it or one of its files is damaged, or it needs its code.
     """
     from transformers import AutoTokenizer
 
     where, options = place, {}
     if isinstance(place, Path) and place.suffix == ".gguf":
         where, options = place.parent, {"gguf_file": place.name}
+    else:
+        check_objects(Path(place), TOKENIZER)
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
     except Exception as error:  # tokenizers raises bare ones about damaged files

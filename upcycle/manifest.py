@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import SourceError
+from upcycle.json_files import read_object
 from upcycle.plan.plan import plan_dict
 
 if TYPE_CHECKING:
@@ -64,15 +65,13 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         SourceError: it is damaged, or of a format that this version does not read.
     """
     file = directory / MANIFEST
-    if not file.exists():
-        return None
     try:
-        manifest = json.loads(file.read_text())
-        found = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise SourceError("the manifest is damaged", found=f"{file}: {error}", remedy="convert again") from error
+        manifest = read_object(file, remedy="convert again")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    found = manifest.get("format")
     if found != FORMAT:
         raise SourceError(
             "the manifest has another format", found=found, expected=FORMAT, remedy="use the upcycle that wrote it"
         )
-    return dict(manifest)
+    return manifest

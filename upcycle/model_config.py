@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from upcycle.adapter import check_no_adapter
 from upcycle.errors import SourceError
+from upcycle.json_files import read_object
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,9 +19,8 @@ def read_config(directory: Path) -> dict[str, Any]:
         SourceError: there is none, or it is not a JSON object; or an adapter lies there.
     """
     check_no_adapter(directory)
-    file = directory / "config.json"
     try:
-        raw = json.loads(file.read_text())
+        return read_object(directory / "config.json", remedy="download it again")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise SourceError(
             "no config.json there",
@@ -29,11 +28,6 @@ def read_config(directory: Path) -> dict[str, Any]:
             expected="a checkpoint's directory",
             remedy="give the model's directory",
         ) from error
-    except ValueError as error:
-        raise SourceError("config.json is not JSON", found=f"{file}: {error}", remedy="download it again") from error
-    if not isinstance(raw, dict):
-        raise SourceError("config.json is not a JSON object", found=f"{file}: {raw!r:.40}", remedy="download it again")
-    return raw
 
 
 def load_config(directory: Path) -> Any:

@@ -135,7 +135,7 @@ def test_others_are_sent_when_one_is_damaged(server: Server, finished: Path, tmp
     (tmp_path / "later" / "metrics.jsonl").write_text((finished / "metrics.jsonl").read_text())
     alien, damaged, newer, run = synced(tmp_path)
     assert "not a training run of upcycle" in str(alien.error)
-    assert "run.json is damaged" in str(damaged.error)
+    assert "run.json is not JSON" in str(damaged.error)
     assert "another version of the schema" in str(newer.error)
     assert len(server.runs) == 1
     assert run.error is None

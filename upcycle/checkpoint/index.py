@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from upcycle.errors import SourceError
+from upcycle.json_files import read_object
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -24,14 +24,12 @@ def read_weight_map(index: Path) -> dict[str, str]:
     """Return the file name of every tensor that an index lists, in its order.
 
     Raises:
-        SourceError: the index is not JSON or has no `weight_map` of names to file names.
+        SourceError: the index cannot be read, is not JSON or has no `weight_map` of names to file names.
     """
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
+        content = read_object(index, remedy="download it again")
     except OSError as error:
         raise SourceError(f"cannot read {index}", found=error.strerror) from error
-    except ValueError as error:
-        raise SourceError(f"{index} is not valid JSON", found=error, remedy="download it again") from error
     match content:
         case {"weight_map": dict(weight_map)} if weight_map and all(
             isinstance(file, str) for file in weight_map.values()

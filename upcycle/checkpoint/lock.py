@@ -13,6 +13,7 @@ from uuid import uuid4
 
 from upcycle.errors import OutputError
 from upcycle.files import DRAFT_SUFFIX, flock, output_errors, write_all, write_text
+from upcycle.json_files import parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,7 +105,7 @@ def recorded(directory: Path) -> str | None:
     with output_errors(control):
         content = control.read_bytes()
     try:
-        return str(json.loads(content)["fingerprint"])
+        return str(parse_json(content)["fingerprint"])
     except (ValueError, LookupError, TypeError):
         return None
 

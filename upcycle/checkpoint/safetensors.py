@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from itertools import pairwise
@@ -15,6 +14,7 @@ from upcycle.checkpoint.index import check_copies, gathered
 from upcycle.checkpoint.pointer import POINTER, not_downloaded
 from upcycle.checkpoint.tensors import TensorInfo
 from upcycle.errors import SourceError
+from upcycle.json_files import NotJsonError, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -99,8 +99,8 @@ def _load_header(file: Path) -> tuple[dict[str, Any], int]:
     except OSError as error:
         raise SourceError(f"cannot read {file}", found=error.strerror) from error
     try:
-        header = json.loads(text)
-    except ValueError as error:
+        header = parse_json(text)
+    except NotJsonError as error:
         raise _corrupt(file, f"a header that is not JSON: {error}", "a JSON header") from error
     if not isinstance(header, dict):
         raise _corrupt(file, f"a header that is a JSON {type(header).__name__}", "a JSON object")

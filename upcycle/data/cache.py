@@ -22,6 +22,7 @@ import numpy as np
 
 from upcycle.checkpoint import sha256_file
 from upcycle.errors import OutputError
+from upcycle.json_files import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -85,7 +86,7 @@ def cached_tokens(directory: Path, key: str, build: Callable[[Path], None]) -> T
 def _damage(entry: Path) -> str | None:
     """What is wrong with an entry, or None. Hashing costs about a second per gigabyte, and finds every change."""
     try:
-        header = json.loads((entry / HEADER).read_text())
+        header = parse_json((entry / HEADER).read_bytes())
         changed = [name for name in (TOKENS, BOUNDS) if sha256_file(entry / name) != header[name]]
     except (OSError, ValueError, LookupError, TypeError) as error:
         return f"{type(error).__name__}: {error}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import RecordError
 from upcycle.files import locked, write_text
+from upcycle.json_files import NotJsonError, parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,8 +63,8 @@ def read_indexes(output: Path) -> dict[str, dict[str, Any]]:
 def _index(file: Path) -> dict[str, Any] | None:
     """What a file says, if it is an index."""
     try:
-        content = json.loads(file.read_text())
-    except (ValueError, IsADirectoryError):
+        content = parse_json(file.read_bytes())
+    except (NotJsonError, IsADirectoryError):
         return None
     return content if isinstance(content, dict) and {"sweep", "runs"} <= content.keys() else None
 

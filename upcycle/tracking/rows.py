@@ -10,7 +10,6 @@ Shapes: M rows as a run logged them; S its steps; C metrics that are numbers.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ import pyarrow as pa
 
 from upcycle.errors import RecordError
 from upcycle.files import replacing, write_all
+from upcycle.json_files import NotJsonError, parse_json
 from upcycle.tracking.record import METRICS
 
 if TYPE_CHECKING:
@@ -129,8 +129,8 @@ class RowDecoder:
         parsed = []
         for number, line in enumerate(rows.splitlines(), start=1):
             try:
-                parsed.append(json.loads(line))
-            except ValueError as error:
+                parsed.append(parse_json(line))
+            except NotJsonError as error:
                 raise _damage(name, number, error) from error
         self._learn(row for row in parsed if isinstance(row, dict))
         decoded = []

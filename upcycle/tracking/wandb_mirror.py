@@ -6,7 +6,6 @@ W&B holds already are not sent again. Metrics are drawn against the record's `st
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from datetime import datetime
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from upcycle.json_files import parse_json
 from upcycle.report import REPORT
 from upcycle.tracking.record import CHECKPOINTS, METRICS
 from upcycle.tracking.schema import METRICS as SCHEMA
@@ -84,7 +84,7 @@ class Mirror:
             self._stream = self._path.open("rb")
         while (line := self._stream.readline()).endswith(b"\n"):
             if self._line >= self._held:
-                self._send(json.loads(line))
+                self._send(parse_json(line))
             self._line += 1
         self._stream.seek(-len(line), os.SEEK_CUR)
 

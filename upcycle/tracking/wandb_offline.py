@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import RecordError
+from upcycle.json_files import NotJsonError, parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,14 +58,18 @@ def inspect(log: Path) -> list[dict[str, Any]]:
         RecordError: it cannot be read.
     """
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    ended = subprocess.run(command, capture_output=True, check=False)
     if ended.returncode:
+        said = ended.stderr.decode(errors="replace").strip()
         raise RecordError(
             "the offline W&B run cannot be read",
-            found=f"{log}: {ended.stderr.strip()}",
-            remedy="pip install 'wandb>=0.31'" if "No module named wandb" in ended.stderr else None,
+            found=f"{log}: {said}",
+            remedy="pip install 'wandb>=0.31'" if "No module named wandb" in said else None,
         )
-    return [json.loads(line) for line in ended.stdout.splitlines()]
+    try:
+        return [parse_json(line) for line in ended.stdout.splitlines()]
+    except NotJsonError as error:
+        raise RecordError("the offline W&B run cannot be read", found=f"{log}: {error}") from error
 
 
 def send_log(log: Path) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import conversions
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from upcycle.config import VerifyConfig
+from upcycle.config import InspectConfig, VerifyConfig
 from upcycle.errors import ConfigError, OutputError, SourceError
+from upcycle.inspection import inspect
 from upcycle.report import FIGURE, REPORT, report_table, write_report
 from upcycle.text import DEFAULT_TEXT
 from upcycle.verify import verify
@@ -95,18 +97,66 @@ def test_a_damaged_conversion_is_seen(text_model: Path, text_moe: Path, tmp_path
 
 
 def test_the_report_is_written_and_shown(text_model: Path, text_moe: Path, tmp_path: Path) -> None:
-    from rich.console import Console
-
     report = verify(options(text_model, text_moe))
     write_report(report, str(tmp_path))
     assert json.loads((tmp_path / REPORT).read_text()) == report
     assert (tmp_path / FIGURE).read_bytes().startswith(b"\x89PNG")
     assert sorted(file.name for file in tmp_path.iterdir()) == [REPORT, FIGURE]
-    console = Console(record=True, width=120)
-    console.print(report_table(report))
-    shown = console.export_text()
+    text = shown(report)
     for expected in ("dense loss", "KL", "whole FFNs", "equivalent"):
-        assert expected in shown
+        assert expected in text
+
+
+@pytest.fixture(scope="module")
+def silent_model(text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model with a layer that gives zeros alone, as in models that were made deeper."""
+    silent = shutil.copytree(text_model, tmp_path_factory.mktemp("silent") / "llama")
+    for part in ("mlp.down_proj", "self_attn.o_proj"):
+        conversions.edit(silent, lambda t, part=part: t[f"model.layers.1.{part}.weight"].zero_())
+    return silent
+
+
+def test_a_layer_that_gives_zeros_alone(silent_model: Path, tmp_path: Path) -> None:
+    """An MoE layer that does the same has no error; one that does not has one that is no number."""
+    moe = conversions.run(conversions.options(silent_model, tmp_path / "moe")).directory
+    report = verify(options(silent_model, moe))
+    assert report["passed"]
+    assert report["layers"][1]["ffn_relative_error"] == 0.0
+    assert 0 < report["max_ffn_relative_error"] == report["layers"][0]["ffn_relative_error"] < 1e-3
+    assert [layer["across_groups"] for layer in inspect(InspectConfig(path=str(moe), format="table"))["similarity"]]
+
+    conversions.edit(moe, lambda t: t["model.layers.1.mlp.experts.3.down_proj.weight"].fill_(10.0))
+    report = verify(options(silent_model, moe))
+    assert not report["passed"]
+    assert report["layers"][1]["ffn_relative_error"] is None
+    assert report["max_ffn_relative_error"] is None
+    write_report(report, str(tmp_path))
+    assert strictly((tmp_path / REPORT).read_text()) == report
+    assert "no number in layer 1: the dense FFN gives zeros alone and the MoE does not" in shown(report)
+
+
+def test_a_model_that_overflows(text_model: Path, text_moe: Path, tmp_path: Path) -> None:
+    """What is measured of it is no number, and says so."""
+    damaged = shutil.copytree(text_moe, tmp_path / "damaged")
+    conversions.edit(damaged, lambda t: t["model.layers.0.mlp.experts.3.down_proj.weight"].fill_(3e38))
+    report = verify(options(text_model, damaged))
+    assert not report["passed"]
+    write_report(report, str(tmp_path))
+    written = strictly((tmp_path / REPORT).read_text())
+    assert (written["moe_loss"], written["loss_gap"], written["max_ffn_relative_error"]) == (None, None, None)
+    assert "no number (tolerance" in shown(report)
+
+
+def strictly(text: str) -> dict[str, Any]:
+    """Parse JSON, without the numbers that it lacks."""
+    found: dict[str, Any] = json.loads(text, parse_constant=pytest.fail)
+    return found
+
+
+def shown(report: dict[str, Any]) -> str:
+    console = Console(record=True, width=200)
+    console.print(report_table(report))
+    return console.export_text()
 
 
 def test_a_report_that_cannot_be_written(text_model: Path, text_moe: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from upcycle.errors import SourceError
 from upcycle.init.experts import normal
 from upcycle.init.rng import generator
 from upcycle.load import ffn_modules, load_dense
@@ -38,6 +39,9 @@ def measured_masses(
 
     Returns:
         layer -> mass in (0, 1].
+
+    Raises:
+        SourceError: a layer without such a mass: its inputs are not finite, or so large that the softmax overflows.
     """
     model = load_dense(source)
     modules = ffn_modules(model, source.model.ffn_module(), moe.layers)
@@ -59,7 +63,16 @@ def measured_masses(
             model(input_ids=ids[None])
     for handle in handles:
         handle.remove()
-    return {layer: float(torch.cat(each).mean()) for layer, each in masses.items()}
+    measured = {layer: float(torch.cat(each).mean()) for layer, each in masses.items()}
+    without = [layer for layer, mass in measured.items() if not 0 < mass <= 1 + 1e-3]
+    if without:
+        raise SourceError(
+            "the router's weight cannot be measured for init.scaling=calibrated",
+            found=", ".join(f"{measured[layer]:g} in layer {layer}" for layer in without[:5]),
+            expected="the mean weight of the selected experts, above 0",
+            remedy="set init.scaling=exact, which measures nothing",
+        )
+    return measured
 
 
 def _router(source: DenseSource, moe: MoeShape, init: InitConfig, layer: int, seed: int) -> Tensor:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import atexit
-import json
 import shlex
-import sys
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
@@ -15,6 +13,7 @@ from upcycle.arguments import options_of
 from upcycle.config import VerifyConfig
 from upcycle.errors import ConfigError, did_you_mean
 from upcycle.interruption import Interruption
+from upcycle.json_files import json_text
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -179,7 +178,6 @@ def _check_format(name: str) -> None:
 
 def _print(form: str, data: object, table: object) -> None:
     if form == "json":
-        json.dump(data, sys.stdout, indent=2)
-        print()
+        print(json_text(data, indent=2))
     else:
         Console().print(table)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +12,10 @@ from rich.table import Table
 from upcycle.data.corpus import build_corpus
 from upcycle.errors import ConfigError
 from upcycle.evaluation.harness import Harness
-from upcycle.evaluation.losses import domain_losses
+from upcycle.evaluation.losses import domain_losses, perplexity
 from upcycle.evaluation.model import load_model
 from upcycle.files import write_text
+from upcycle.json_files import json_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -79,7 +78,7 @@ def _held_out(
     domains = {
         name: {
             "loss": loss,
-            "perplexity": math.exp(loss),
+            "perplexity": perplexity(loss),
             "nats_per_byte": loss / corpus.bytes_per_token[name],
             "tokens": tokens,
         }
@@ -94,7 +93,7 @@ def write_evaluation(found: Mapping[str, Any], output: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    write_text(Path(output).expanduser(), json.dumps(found, indent=2) + "\n")
+    write_text(Path(output).expanduser(), json_text(found, indent=2) + "\n")
 
 
 def evaluation_table(found: Mapping[str, Any]) -> RenderableType:

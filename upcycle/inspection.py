@@ -61,6 +61,7 @@ def similarity(reader: TensorReader, moe: MoeDescription) -> list[dict[str, Any]
 
     `across_groups` compares experts that hold the same shard (e*G+g with the same g): 1 right after a lossless
     conversion, falling as experts specialise. `within_group` compares different shards of one group; None where G = 1.
+    All zeros equal all zeros.
     """
     layers = []
     for layer in moe.layers:
@@ -68,6 +69,7 @@ def similarity(reader: TensorReader, moe: MoeDescription) -> list[dict[str, Any]
         assert isinstance(gram, Tensor)
         norm = gram.diagonal().sqrt()
         cosine = gram / (norm[:, None] * norm).clamp_min(torch.finfo(torch.float64).tiny)
+        cosine[(norm[:, None] == 0) & (norm == 0)] = 1.0
         expert = torch.arange(moe.experts)
         group, position = expert // moe.granularity, expert % moe.granularity
         other = ~torch.eye(moe.experts, dtype=torch.bool)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from upcycle.errors import OutputError
+from upcycle.json_files import json_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 REPORT = "equivalence.json"
 FIGURE = "equivalence.png"
+NO_NUMBER = "no number"
 
 
 def write_report(report: Mapping[str, Any], directory: str) -> None:
@@ -30,7 +32,7 @@ def write_report(report: Mapping[str, Any], directory: str) -> None:
     folder = Path(directory).expanduser()
     try:
         unfinished = folder / f".{REPORT}"
-        unfinished.write_text(json.dumps(report, indent=2) + "\n")
+        unfinished.write_text(json_text(report, indent=2) + "\n")
         os.replace(unfinished, folder / REPORT)
         unfinished = folder / f".{FIGURE}"
         _figure(report, unfinished)
@@ -47,11 +49,11 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
         ("text", f"{text['file']}, {text['tokens']} tokens, float32"),
         ("dense loss", f"{report['dense_loss']:.5f} nats per token"),
         ("MoE loss", f"{report['moe_loss']:.5f} nats per token"),
-        ("gap", f"{100 * report['loss_gap']:+.4f} % (tolerance {100 * report['tolerance']:g} %)"),
+        ("gap", f"{_percent(report['loss_gap'])} (tolerance {100 * report['tolerance']:g} %)"),
         ("KL(dense || MoE)", f"{report['kl']:.3e} nats per token"),
         ("same top-1 token", f"{100 * report['top1_agreement']:.2f} %"),
         ("whole FFNs", f"{100 * report['whole_ffns']:.3f} % of routed tokens"),
-        ("FFN output error", f"at most {report['max_ffn_relative_error']:.3e} of its norm"),
+        ("FFN output error", _most(report)),
     ]
     for row in rows:
         table.add_row(*row)
@@ -66,8 +68,21 @@ def _layer_table(report: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="right")
     for layer in report["layers"]:
         error, whole = layer["ffn_relative_error"], layer["whole_ffns"]
-        table.add_row(str(layer["layer"]), f"{error:.3e}", f"{100 * whole:.3f} %")
+        table.add_row(str(layer["layer"]), NO_NUMBER if error is None else f"{error:.3e}", f"{100 * whole:.3f} %")
     return table
+
+
+def _most(report: Mapping[str, Any]) -> str:
+    """The largest FFN error, or the layers whose error is no number."""
+    without = [str(layer["layer"]) for layer in report["layers"] if layer["ffn_relative_error"] is None]
+    if without:
+        why = "the dense FFN gives zeros alone and the MoE does not, or one is not finite"
+        return f"{NO_NUMBER} in layer {', '.join(without)}: {why}"
+    return f"at most {report['max_ffn_relative_error']:.3e} of its norm"
+
+
+def _percent(share: float | None) -> str:
+    return NO_NUMBER if share is None else f"{100 * share:+.4f} %"
 
 
 def _figure(report: Mapping[str, Any], file: Path) -> None:
@@ -76,10 +91,12 @@ def _figure(report: Mapping[str, Any], file: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     layers = report["layers"]
-    axes.plot([layer["layer"] for layer in layers], [layer["ffn_relative_error"] for layer in layers], marker="o")
-    axes.set_yscale("log")
+    errors = [math.nan if (error := layer["ffn_relative_error"]) is None else error for layer in layers]
+    axes.plot([layer["layer"] for layer in layers], errors, marker="o")
+    if any(error > 0 for error in errors):
+        axes.set_yscale("log")
     axes.set_xlabel("layer")
     axes.set_ylabel("relative error of the FFN block's output")
-    axes.set_title(f"{report['name']} ({report['model_type']}): loss gap {100 * report['loss_gap']:+.4f} %")
+    axes.set_title(f"{report['name']} ({report['model_type']}): loss gap {_percent(report['loss_gap'])}")
     axes.grid(visible=True, which="both", alpha=0.3)
     figure.savefig(file, format="png", dpi=120)

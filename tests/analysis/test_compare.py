@@ -44,6 +44,15 @@ def test_a_comparison_by_hand(runs: pd.DataFrame) -> None:
     assert (found["pairs"], found["unpaired"], found["equal"], found["differs"]) == (3, 0, "tokens, FLOPs", "")
 
 
+def test_a_baseline_of_zero(tmp_path: Path) -> None:
+    """As with a share of dropped tokens: no percentage of 0, unless nothing differs."""
+    arms = {"exact": [0.0, 0.0, 0.0], "paper": [0.1, 0.0, 0.2], "none": [0.0, 0.0, 0.0]}
+    found = compared(load_runs(write_arms(tmp_path, arms)))
+    assert found.loc["paper", "difference"] == pytest.approx(0.1)
+    assert np.isnan(found.loc["paper", ["percent", "percent_low", "percent_high"]].astype(float)).all()
+    assert (found.loc["none", "percent"], found.loc["none", "verdict"]) == (0.0, "same")
+
+
 def test_runs_are_paired_by_seed(runs: pd.DataFrame) -> None:
     """The mutant: with the seeds of one arm exchanged, p is another."""
     exchanged = runs.copy()

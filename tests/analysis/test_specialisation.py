@@ -107,6 +107,12 @@ def test_chance_keeps_what_a_window_shares() -> None:
     assert by_token < 0.1
 
 
+def test_one_label_explains_nothing() -> None:
+    experts_WSK = np.random.default_rng(4).integers(0, N, size=(W, S, 1))
+    found = information(experts_WSK, np.full((W, S), "a"), experts=N)
+    assert (found["entropy"], found["explained"]) == (0.0, 0.0)
+
+
 def test_information_does_not_depend_on_the_call(labels: np.ndarray) -> None:
     experts_WSK = np.random.default_rng(3).integers(0, N, size=(W, S, 1))
     assert information(experts_WSK, labels, experts=N) == information(experts_WSK, labels, experts=N)

@@ -112,6 +112,17 @@ def test_cosines_against_loops(text: Path, text_model: Path, tmp_path: Path) -> 
     assert group_cosine(experts, granularity=4) is None
 
 
+def test_cosines_of_zeros() -> None:
+    """All zeros equal all zeros, and nothing else: a lossless start is at 1 even where a matrix is zero."""
+    shards = {"down": torch.tensor([[1.0, 2.0], [0.0, 0.0]])}
+    experts = {"down": shards["down"].repeat(3, 1)}
+    assert dense_cosine(experts, shards).tolist() == pytest.approx([1.0] * 6)
+    assert group_cosine(experts, granularity=2) == pytest.approx(1.0)
+    experts["down"][5] = 1.0
+    assert dense_cosine(experts, shards).tolist() == pytest.approx([1.0] * 5 + [0.0])
+    assert group_cosine(experts, granularity=2) == pytest.approx((1 + 1 / 3) / 2)
+
+
 COME_APART = "virtual groups have come apart"
 RUINOUS = ("schedule=constant", "schedule.peak=1e-2", "schedule.warmup=1", "optim.router_lr=30")
 

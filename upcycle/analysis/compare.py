@@ -40,9 +40,10 @@ def compare(
 
     Columns: `arm`; `pairs`, seeds in both; `unpaired`, seeds in one alone, which do not count; means `baseline` and
     `value`, and their `difference` with bounds `low` and `high` of the paired t interval, in the metric's unit;
-    `percent` of the baseline's value, pair by pair, with `percent_low` and `percent_high`; `p` of the paired t test on
-    the differences, two-sided, and `p_holm`, adjusted over the arms; `equal`, in which units the budgets are;
-    `differs`, what was allowed to differ and does; and a `verdict`:
+    `percent` of the baseline's value, pair by pair, with `percent_low` and `percent_high` (empty where a baseline's
+    value is 0 and its arm's is not); `p` of the paired t test on the differences, two-sided, and `p_holm`, adjusted
+    over the arms; `equal`, in which units the budgets are; `differs`, what was allowed to differ and does; and a
+    `verdict`:
 
     - `lower` or `higher`: p_holm is below 1 - confidence;
     - else `same`: the interval lies within ± smallest_percent;
@@ -89,7 +90,7 @@ def _row(
     differs = check_comparable(paired, arm, baseline, allow)
     ours, theirs = paired[f"{metric}_arm"], paired[f"{metric}_baseline"]
     absolute = t_estimate(ours - theirs, confidence=confidence)
-    percent = t_estimate(100 * (ours - theirs) / theirs, confidence=confidence)
+    percent = t_estimate(_percent(ours, theirs), confidence=confidence)
     return {
         "arm": arm,
         "pairs": len(paired),
@@ -106,6 +107,12 @@ def _row(
         "equal": ", ".join(equal_budgets(paired)),
         "differs": ", ".join(differs),
     }
+
+
+def _percent(ours: pd.Series, theirs: pd.Series) -> pd.Series:
+    """Difference in percent of the baseline, pair by pair: 0 where both are 0, NaN where the baseline alone is."""
+    difference = ours - theirs
+    return (100 * difference / theirs.where(theirs != 0)).mask(difference == 0, 0.0)
 
 
 def _verdict(row: Any, smallest_percent: float, confidence: float) -> str:

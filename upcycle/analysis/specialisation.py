@@ -93,7 +93,7 @@ def information(
 
     Returns:
         `bits`; `chance`, in bits; `entropy` of the label, in bits; and `explained`, the share of the entropy that the
-        expert tells, chance subtracted: (bits - chance) / entropy.
+        expert tells, chance subtracted: (bits - chance) / entropy, 0 where there is one label alone.
     """
     generator = np.random.default_rng(seed)
     counts, _ = _counts(experts_WSK, labels_WS, experts)
@@ -103,7 +103,8 @@ def information(
         for _ in range(permutations)
     ]
     chance, entropy = float(np.mean(by_chance)), float(entr(counts.sum(axis=0) / counts.sum()).sum()) / math.log(2)
-    return {"bits": bits, "chance": chance, "entropy": entropy, "explained": (bits - chance) / entropy}
+    explained = (bits - chance) / entropy if entropy else 0.0
+    return {"bits": bits, "chance": chance, "entropy": entropy, "explained": explained}
 
 
 def mutual_information(counts_NC: NDArray[np.int64]) -> float:

@@ -196,7 +196,8 @@ def _first_seed(rows: pd.DataFrame, panel: Panel) -> tuple[Any, Any, list[str]] 
     for layer, name in layers.items():
         if first[name].notna().all():
             values_RS = np.stack([np.asarray(each, dtype=float) for each in first[name]], axis=1)
-            blocks.append(values_RS / values_RS.mean(axis=0))
+            mean_S = values_RS.mean(axis=0)
+            blocks.append(np.divide(values_RS, mean_S, out=np.zeros_like(values_RS), where=mean_S != 0))
             labels += [f"layer {layer}, expert {expert}" for expert in range(len(values_RS))]
     return first["step"].to_numpy(), np.concatenate(blocks), labels
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,3 +60,11 @@ def domain_losses(
         losses[domain] = (float(ranks.sum(total)) / tokens, tokens)
     model.train(training)
     return losses
+
+
+def perplexity(loss: float) -> float:
+    """E to a loss in nats per token; infinite where that is more than a number can say."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

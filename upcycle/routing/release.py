@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from upcycle.errors import ConfigError
+from upcycle.errors import ConfigError, TrainingError
+from upcycle.ratios import ratio
 from upcycle.routing.balance import sum_over_ranks
 
 if TYPE_CHECKING:
@@ -73,11 +74,20 @@ def rescale(router: Router, experts: nn.Module) -> float:
     takes the factor: an expert is linear in it.
 
     Returns:
-        The factor: the mean sum of the weights before over the mean after.
+        The factor: the mean sum of the weights before over the mean after; 1 where the experts have no weight before.
+
+    Raises:
+        TrainingError: they have none after.
     """
     assert router.masses is not None
     before, after = sum_over_ranks(router.masses).tolist()
-    factor: float = before / after
+    factor = ratio(before, after) if before else 1.0
+    if factor is None:
+        raise TrainingError(
+            "the experts have no weight once their groups are let go",
+            found=f"{before:.3g} over all tokens before, {after:.3g} after",
+            remedy="set router.release=null",
+        )
     downs = [parameter for name, parameter in experts.named_parameters() if name.startswith("down_proj")]
     assert downs
     for parameter in downs:

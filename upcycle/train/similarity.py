@@ -58,25 +58,30 @@ def shard_reader(conversion: Conversion, moe: MoeDescription) -> Callable[[int],
 def dense_cosine(experts: Matrices, shards: Matrices) -> Tensor:
     """Cosine of each expert to the shard it came from, the mean over its matrices, [N].
 
-    A factor on a whole matrix, which is how upcycling scales, leaves it at 1.
+    A factor on a whole matrix, which is how upcycling scales, leaves it at 1. All zeros equal all zeros.
     """
-    cosines = [
-        F.cosine_similarity(weight, shards[name].to(weight).repeat(len(weight) // len(shards[name]), 1), dim=1)
-        for name, weight in experts.items()
-    ]
+    cosines = []
+    for name, weight in experts.items():
+        came_from = shards[name].to(weight).repeat(len(weight) // len(shards[name]), 1)
+        both_zero_N = ~(weight.any(1) | came_from.any(1))
+        cosines.append(F.cosine_similarity(weight, came_from, dim=1).masked_fill(both_zero_N, 1.0))
     return torch.stack(cosines).mean(0)
 
 
 def group_cosine(experts: Matrices, *, granularity: int) -> float | None:
-    """Cosine between experts that came from the same shard, the mean over pairs, shards and matrices; None if E = 1."""
+    """Cosine between experts that came from the same shard, the mean over pairs, shards and matrices; None if E = 1.
+
+    All zeros equal all zeros.
+    """
     means = []
     for weight in experts.values():
         copies = len(weight) // granularity
         if copies < 2:
             return None
         unit_EGD = F.normalize(weight, dim=1).unflatten(0, (copies, granularity))
+        zero_G = (~unit_EGD.any(-1)).sum(0)
         # The squared norm of a sum of unit vectors counts every ordered pair, and each vector with itself.
-        pairs_G = unit_EGD.sum(0).square().sum(-1) - copies
+        pairs_G = unit_EGD.sum(0).square().sum(-1) - (copies - zero_G) + zero_G * (zero_G - 1)
         means.append(pairs_G.mean() / (copies * (copies - 1)))
     return float(torch.stack(means).mean())
 

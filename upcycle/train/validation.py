@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
-from upcycle.evaluation.losses import domain_losses
+from upcycle.evaluation.losses import domain_losses, perplexity
 from upcycle.train.periodic import Periodic
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ class Validation(Periodic):
                 ranks=self._ranks,
             )
         mean = sum(loss * tokens for loss, tokens in losses.values()) / sum(tokens for _, tokens in losses.values())
-        row: dict[str, float] = {"val/loss": mean, "val/perplexity": math.exp(mean)}
+        row: dict[str, float] = {"val/loss": mean, "val/perplexity": perplexity(mean)}
         for domain, (loss, _) in losses.items():
             row[f"val/{domain}/loss"] = loss
             row[f"val/{domain}/nats_per_byte"] = loss / self._corpus.bytes_per_token[domain]

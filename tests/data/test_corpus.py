@@ -142,6 +142,13 @@ def test_no_text(tmp_path: Path) -> None:
         corpus(options(tmp_path / "texts"))
 
 
-def test_everything_held_out(documents: Path) -> None:
-    with pytest.raises(ConfigError, match=r"leaves no document of text for training\n.*40 documents, held_out=40"):
+def test_everything_held_out(documents: Path, tmp_path: Path) -> None:
+    """What the remedy says works."""
+    refused = r"leaves no document of text for training\n.*40 documents, 40 of them different, held_out=40\n.*to 39 or"
+    with pytest.raises(ConfigError, match=refused):
         corpus(options(documents, held_out=40))
+    assert corpus(options(documents, held_out=39), length=2).documents == 40
+    write(tmp_path / "copies", ["one text of which there are copies"] * 3)
+    with pytest.raises(ConfigError, match=r"3 documents, 1 of them diff.*\n.*give more documents, or.*held_out=0 "):
+        corpus(options(tmp_path / "copies", held_out=1))
+    assert not corpus(options(tmp_path / "copies", held_out=0)).held_out

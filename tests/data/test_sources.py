@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
+import random
 import sysconfig
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import pyarrow
 import pytest
 from datasets import Dataset
 
@@ -77,6 +83,97 @@ def test_rows(tmp_path: Path, suffix: str) -> None:
     documents = open_documents(DataConfig(name="text", files=str(rows(tmp_path, suffix)), field="body"))
     assert list(documents) == TEXTS
     assert list(documents) == TEXTS, "they can be read twice"
+
+
+CSV = 'id,body\n1,first\n2,"second ""é"","\n3,"third\r\n"\n4,\n'
+LINES = "".join(f"{json.dumps({'body': text})}\n" for text in TEXTS)
+OF_ROWS = {
+    "rows.JSONL": LINES.encode(),
+    "rows.ndjson": LINES.encode(),
+    "mark.jsonl": LINES.encode("utf-8-sig"),
+    "array.json": json.dumps([{"body": text} for text in TEXTS], indent=1).encode("utf-8-sig"),
+    "texts.json": json.dumps(TEXTS).encode(),
+    "lines.json": LINES.encode("utf-8-sig"),
+    "rows.csv": CSV.replace('second ""é"",', "second é").encode("utf-8-sig"),
+    "rows.Tsv": CSV.replace('second ""é"",', "second é").replace(",", "\t").encode(),
+}
+
+
+@pytest.mark.parametrize("name", OF_ROWS)
+def test_rows_of_every_kind(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(OF_ROWS[name])
+    documents = open_documents(DataConfig(name="text", files=str(tmp_path / name), field="body"))
+    assert list(documents) == TEXTS
+    assert list(documents) == TEXTS, "they can be read twice"
+
+
+def test_values_of_csv_are_text(tmp_path: Path) -> None:
+    """Neither numbers nor empty, whatever they look like."""
+    (tmp_path / "rows.csv").write_text('id,body\nx,007\n1,NA\n2,null\n3,true\n4,"a ""b"",\nc"\n')
+    assert read("text", files=f"{tmp_path}/*.csv", field="body") == ["007", "NA", "null", "true", 'a "b",\nc']
+
+
+COMPRESS = {
+    "gz": gzip.compress,
+    "BZ2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": partial(pyarrow.compress, codec="zstd", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_compressed(tmp_path: Path, suffix: str) -> None:
+    parquet = rows(tmp_path, "parquet").read_bytes()
+    plain = {**OF_ROWS, "rows.parquet": parquet}
+    for name in ("rows.JSONL", "array.json", "rows.csv", "rows.parquet"):
+        (tmp_path / f"{name}.{suffix}").write_bytes(COMPRESS[suffix](plain[name]))
+        assert read("text", files=f"{tmp_path}/{name}.{suffix}", field="body") == TEXTS
+    (tmp_path / f"text.txt.{suffix}").write_bytes(COMPRESS[suffix](b"a text"))
+    assert read("text", files=f"{tmp_path}/*.txt.{suffix}") == ["a text"]
+    for damaged in (b"a text", COMPRESS[suffix](random.Random(0).randbytes(99_999))[:-20]):
+        (tmp_path / f"text.txt.{suffix}").write_bytes(damaged)
+        with pytest.raises(SourceError, match=f"cannot be decompressed\n  found: +{tmp_path}/text.txt.{suffix}"):
+            read("text", files=f"{tmp_path}/*.txt.{suffix}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", '{"body": 1', r"the file is not JSON\n.*a.json: .*\n.*an array of objects or strings, or one obj"),
+        ("a.json", '{"model": "x"}', r"no field text\n.*a.json, row 1: model\n"),
+        ("a.json", '["x", {"body": "y"}]', r"no field text\n.*a.json, row 2: body\n"),
+        ("a.json", '{"text": "x"}\n{"text"', r"a line is not JSON\n.*a.json:2"),
+        ("a.csv", "id,body\n1,x\n", r"no field text\n.*a.csv: id, body"),
+        ("a.csv", "id,text\n1\n", r"the file is not csv with a line of names\n.*a.csv: .*Expected 2 columns, got 1"),
+        ("a.csv", "text,text\n1,2\n", r"several columns are named text\n.*a.csv"),
+        ("a.tsv", "", r"the file is not tsv with a line of names\n.*a.tsv: Empty"),
+    ],
+)
+def test_what_is_not_rows(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(SourceError, match=message):
+        read("text", files=str(tmp_path / name))
+
+
+def test_rows_under_a_suffix_of_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They are said by name; a text with braces in it is not."""
+    rows_of_json = {"a.txt": LINES, "b": json.dumps([{"body": "x"}], indent=1), "c.md": f"\ufeff\n{LINES}"}
+    others = {
+        "d.txt": '{"a": 1}\n}',
+        "e.py": "{\n}",
+        "f.txt": "[1, 2]",
+        "g.txt": "",
+        "h.txt": '["x"]',
+        "i.txt": "{" * 999,
+    }
+    for name, text in (rows_of_json | others).items():
+        (tmp_path / name).write_text(text)
+    with caplog.at_level("WARNING", "upcycle"):
+        assert len(read("text", files=f"{tmp_path}/*")) == 8
+    (warning,) = caplog.messages
+    assert warning.startswith(f"rows of JSON, taken as one document each, braces and all: {tmp_path}/a.txt, ")
+    assert all(f"{tmp_path}/{name}" in warning for name in rows_of_json)
+    assert not any(f"{tmp_path}/{name}" in warning for name in others)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])

@@ -23,8 +23,9 @@ class SourceConfig:
 
     Attributes:
         name: python_stdlib, text or hf.
-        files: text: a path or glob, or several; .jsonl and .parquet hold a document per row, others are one document.
-        field: text (.jsonl, .parquet) and hf: the column that holds the document.
+        files: text: a path or glob, or several; .jsonl, .ndjson, .json, .csv, .tsv and .parquet hold a document per
+            row, others are one document; .gz, .bz2, .xz and .zst of either are decompressed.
+        field: text (of rows) and hf: the column that holds the document.
         path: hf: name or directory, as for `datasets.load_dataset`, or what `save_to_disk` wrote.
         subset: hf: name of the dataset's configuration.
         split: hf: split to read.

@@ -118,10 +118,13 @@ def _domain(config: DataConfig, name: str, tokenised: Tokenised, sequence_length
     file, documents = tokenised.file, len(tokenised.digests)
     held_out = held_out_count(tokenised.digests, config.held_out)
     if documents and held_out == documents:
+        distinct = len(set(tokenised.digests))
         raise ConfigError(
             f"data.held_out leaves no document of {name} for training",
-            found=f"{documents} documents, held_out={config.held_out:g}",
-            remedy="lower data.held_out, or 0 to hold out none",
+            found=f"{documents} documents, {distinct} of them different, held_out={config.held_out:g}",
+            remedy=f"set data.held_out to {distinct - 1} or less, or to 0 to hold out none"
+            if distinct > 1
+            else "give more documents, or set data.held_out=0 to hold out none",
         )
     split, split_bytes = map(int, file.bounds[held_out])
     starts = file.bounds[:-1, 0]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import glob
-import json
+import logging
 import os
 import sysconfig
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upcycle.data.rows import HEAD, looks_like_rows, no_field, opened, reader_of
 from upcycle.errors import ConfigError, SourceError
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     from upcycle.data.config import SourceConfig
 
+_log = logging.getLogger("upcycle")
 TESTS = {"test", "tests", "idle_test"}
 NOT_THE_LIBRARY = {"site-packages", "dist-packages"}
 # Written when Python was built, so not the same on every machine of a version.
@@ -46,7 +49,9 @@ def open_documents(source: SourceConfig) -> Documents:
     if source.name == "python_stdlib":
         return Documents(partial(_files, standard_library(), source.field))
     if source.name == "text":
-        return Documents(partial(_files, _matches(source.files), source.field))
+        files = _matches(source.files)
+        _warn_of_rows(files)
+        return Documents(partial(_files, files, source.field))
     return _hugging_face(source)
 
 
@@ -84,53 +89,48 @@ def _matches(patterns: str | Sequence[str] | None) -> list[Path]:
     return sorted(found)
 
 
+def _warn_of_rows(files: Iterable[Path]) -> None:
+    """Name the files that are one text each by their suffix, and rows by what is in them."""
+    texts = [file for file in files if reader_of(file) is None]
+    rows = [file for file in texts if looks_like_rows(_head(file))]
+    if rows:
+        more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+        names = ", ".join(map(str, rows[:3])) + more
+        _log.warning("rows of JSON, taken as one document each, braces and all: %s (rename to .jsonl or .json)", names)
+
+
+def _head(file: Path) -> bytes:
+    with _errors(file), opened(file) as stream:
+        return stream.read(HEAD)
+
+
 def _files(files: Iterable[Path], field: str) -> Iterator[str]:
     for file in files:
-        try:
-            if file.suffix == ".jsonl":
-                yield from _jsonl(file, field)
-            elif file.suffix == ".parquet":
-                yield from _parquet(file, field)
+        reader = reader_of(file)
+        with _errors(file), opened(file) as stream:
+            if reader is None:
+                yield stream.read().decode()
             else:
-                yield file.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise SourceError("the file is not UTF-8", found=f"{file}: {error}", remedy="convert it first") from error
-        except OSError as error:
-            raise SourceError("the file cannot be read", found=f"{file}: {error.strerror or error}") from error
+                yield from (_text_of(row, field, where) for where, row in reader(stream, file, field))
 
 
-def _jsonl(file: Path, field: str) -> Iterator[str]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except UnicodeDecodeError:
-                raise
-            except ValueError as error:
-                raise SourceError("a line is not JSON", found=f"{file}:{number}: {error}") from error
-            yield _text_of(row, field, f"{file}:{number}")
-
-
-def _parquet(file: Path, field: str) -> Iterator[str]:
-    import pyarrow  # type: ignore[import-untyped]
-    from pyarrow import parquet
-
+@contextmanager
+def _errors(file: Path) -> Iterator[None]:
     try:
-        with parquet.ParquetFile(file) as table:
-            if field not in table.schema_arrow.names:
-                raise _no_field(field, str(file), table.schema_arrow.names)
-            for batch in table.iter_batches(columns=[field]):
-                yield from (_text_of(row, field, str(file)) for row in batch.to_pylist())
-    except pyarrow.ArrowInvalid as error:
-        raise SourceError("the file is not parquet", found=f"{file}: {error}") from error
+        yield
+    except UnicodeDecodeError as error:
+        raise SourceError("the file is not UTF-8", found=f"{file}: {error}", remedy="convert it first") from error
+    except OSError as error:
+        raise SourceError("the file cannot be read", found=f"{file}: {error.strerror or error}") from error
 
 
 def _text_of(row: Any, field: str, where: str) -> str:
-    if not isinstance(row, dict) or field not in row:
-        raise _no_field(field, where, row if isinstance(row, dict) else ())
-    text = row[field]
+    if isinstance(row, str):
+        text: Any = row
+    elif isinstance(row, dict) and field in row:
+        text = row[field]
+    else:
+        raise no_field(field, where, row if isinstance(row, dict) else ())
     if not isinstance(text, str):
         raise SourceError(
             f"the field {field} is not text", found=f"{where}: {type(text).__name__}", expected="a string"
@@ -140,15 +140,6 @@ def _text_of(row: Any, field: str, where: str) -> str:
     except UnicodeEncodeError as error:  # JSON can escape half a character
         raise SourceError("a document cannot be written as UTF-8", found=f"{where}: {error}") from error
     return text
-
-
-def _no_field(field: str, where: str, names: Iterable[str]) -> SourceError:
-    return SourceError(
-        f"a document has no field {field}",
-        found=f"{where}: {', '.join(names) or 'no fields'}",
-        expected=field,
-        remedy="set the option `field` to the one that holds the text",
-    )
 
 
 def _hugging_face(source: SourceConfig) -> Documents:

@@ -7,8 +7,11 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ended import Ended
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,24 +45,22 @@ def srun(ranks: int, *command: str) -> list[subprocess.CompletedProcess[str]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     job = {"SLURM_JOB_NAME": "train", "SLURM_NTASKS": ranks, "SLURM_NTASKS_PER_NODE": ranks, "SLURM_NNODES": 1}
-    job |= {"SLURM_NODEID": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    started = []
-    for rank in range(ranks):
-        variables = {name: str(value) for name, value in {**job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}.items()}
-        started.append(
-            subprocess.Popen(
-                command,
-                env={**environment(), **variables},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
+    job |= {"SLURM_STEP_ID": 0, "SLURM_NODEID": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    pipe = subprocess.PIPE
+    with ExitStack() as ending:
+        started = [
+            ending.enter_context(
+                Ended(
+                    command,
+                    env={**environment(), **{name: str(value) for name, value in {**job, **of_rank}.items()}},
+                    stdout=pipe,
+                    stderr=pipe,
+                    text=True,
+                )
             )
-        )
-    try:
+            for of_rank in ({"SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in range(ranks))
+        ]
         said = [each.communicate(timeout=SOON) for each in started]
-    finally:
-        for each in started:
-            each.kill()
     return [
         subprocess.CompletedProcess(command, each.returncode, *texts) for each, texts in zip(started, said, strict=True)
     ]

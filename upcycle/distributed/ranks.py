@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from upcycle.parallel.config import ParallelConfig
 
+_log = logging.getLogger("upcycle")
 PACKAGES = ("upcycle", "torch", "lightning", "transformers")
 # Rank 0 hashes the source, tokenizes the text and writes the record while the others wait.
 TIMEOUT = timedelta(minutes=30)
@@ -88,12 +89,27 @@ class Ranks:
 ALONE = Ranks()
 
 
-def layout_of(config: ParallelConfig | FoldingConfig | None, started: int) -> RankLayout:
-    """What so many processes are to each other.
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How processes were started.
+
+    Attributes:
+        processes: how many.
+        known_by: where the number comes from.
+        one: how to start one instead.
+    """
+
+    processes: int
+    known_by: str = ""
+    one: str = "start one process"
+
+
+def layout_of(config: ParallelConfig | FoldingConfig | None, launch: Launch) -> RankLayout:
+    """What the processes of a launch are to each other.
 
     Args:
         config: `parallel`; None is for one process.
-        started: processes.
+        launch: how they were started.
 
     Raises:
         ConfigError: several processes without a layout, or a layout that does not have that many ranks.
@@ -106,22 +122,22 @@ def layout_of(config: ParallelConfig | FoldingConfig | None, started: int) -> Ra
             remedy="plan with it, and train with Megatron-Bridge",
         )
     if config is None:
-        if started > 1:
+        if launch.processes > 1:
             raise ConfigError(
                 "several processes were started, and nothing says how they share the model",
-                found=f"{started} processes, parallel=null",
-                remedy="choose a layout, such as parallel=fsdp or parallel=ep, or start one process",
+                found=f"{launch.processes} processes{launch.known_by}, parallel=null",
+                remedy=f"choose a layout, such as parallel=fsdp or parallel=ep, or {launch.one}",
             )
         return RankLayout()
-    layout = resolve(config, started)
-    if started == 1:
+    if launch.processes == 1:
         raise ConfigError(
             "a layout is for several processes",
-            found="one process",
+            found=f"one process{launch.known_by}",
             expected="torchrun or srun",
-            remedy="torchrun --nproc-per-node=4 --no-python upcycle train ..., or leave parallel out",
+            remedy="torchrun --nproc-per-node=4 --no-python upcycle train ..., in a job of several tasks "
+            "srun upcycle train ..., or leave parallel out",
         )
-    return layout
+    return resolve(config, launch.processes)
 
 
 def join_ranks(config: ParallelConfig | FoldingConfig | None, device: torch.device) -> Ranks:
@@ -132,18 +148,21 @@ def join_ranks(config: ParallelConfig | FoldingConfig | None, device: torch.devi
         device: cpu or cuda.
 
     Raises:
-        ConfigError: as for `layout_of`, or the processes run different versions.
+        ConfigError: as for `layout_of`; SLURM does not say how many tasks a machine has; or the processes run different
+            versions.
     """
-    environment = _environment()
-    layout = layout_of(config, environment.world_size() if environment else 1)
+    environment, launch = _launched()
+    layout = layout_of(config, launch)
     if environment is None or layout.ranks == 1:
+        if environment is None and launch.known_by:
+            _log.info("one process%s", launch.known_by)
         return ALONE
     if not distributed.is_initialized():
         _initialise(environment, device)
     ranks = Ranks(rank=environment.global_rank(), layout=layout, environment=environment)
     _check_versions(ranks)
     if not ranks.main:
-        logging.getLogger("upcycle").setLevel(logging.WARNING)  # rank 0 says what is the same on all
+        _log.setLevel(logging.WARNING)  # rank 0 says what is the same on all
     return ranks
 
 
@@ -165,12 +184,40 @@ def _check_versions(ranks: Ranks) -> None:
             )
 
 
-def _environment() -> ClusterEnvironment | None:
+def _launched() -> tuple[ClusterEnvironment | None, Launch]:
+    """Who started the processes, and how many; None for one that nobody started with others.
+
+    An allocation's SLURM_NTASKS says how many tasks srun would start. Only the processes that it did start have a step.
+    """
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
     from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-    kinds = (TorchElasticEnvironment, SLURMEnvironment)
-    return next((kind() for kind in kinds if kind.detect()), None)
+    if TorchElasticEnvironment.detect():
+        elastic = TorchElasticEnvironment()
+        processes = elastic.world_size()
+        return elastic, Launch(
+            processes=processes, known_by=f" (torchrun's WORLD_SIZE={processes})", one="start one without torchrun"
+        )
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    if "SLURM_STEP_ID" not in os.environ:
+        aside = f" (srun did not start it; the job's SLURM_NTASKS={tasks} is for srun)" if tasks > 1 else ""
+        return None, Launch(processes=1, known_by=aside)
+    if tasks == 1 or not SLURMEnvironment.detect():
+        return None, Launch(processes=1)
+    launch = Launch(
+        processes=tasks,
+        known_by=f" (SLURM_NTASKS={tasks} of srun)",
+        one="start one: srun --ntasks=1 upcycle train ..., "
+        "or in a shell that srun started SLURM_NTASKS=1 upcycle train ...",
+    )
+    if "SLURM_NTASKS_PER_NODE" not in os.environ:
+        each = tasks // ALONE.nodes
+        raise ConfigError(
+            "SLURM does not say how many tasks a node has",
+            found=f"SLURM_NTASKS={tasks}, no SLURM_NTASKS_PER_NODE",
+            remedy=f"srun --ntasks-per-node={each} upcycle train ..., or {launch.one}",
+        )
+    return SLURMEnvironment(), launch
 
 
 def _initialise(environment: ClusterEnvironment, device: torch.device) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from upcycle.distributed.ranks import layout_of
+from upcycle.distributed.ranks import Launch, layout_of
 from upcycle.quiet import only_warnings
 from upcycle.source import open_source
 from upcycle.train.equip import equip
@@ -54,7 +54,7 @@ def estimate(config: TrainConfig, *, ranks: int | None, execute: bool) -> Estima
         UpcycleError: anything wrong with the request or the source.
     """
     check_options(config)
-    layout = layout_of(config.parallel, ranks) if ranks else None
+    layout = layout_of(config.parallel, Launch(processes=ranks)) if ranks else None
     if layout:
         check_batch(config, layout.data)
     config.data.sources()

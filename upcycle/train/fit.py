@@ -7,6 +7,7 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from torch.utils.data import DataLoader
@@ -96,7 +97,8 @@ def _trainer(run: Run, callbacks: list[Callback]) -> Trainer:
 def _placed(ranks: Ranks) -> dict[str, Any]:
     """What tells Lightning where the processes are, and who writes their checkpoints."""
     if ranks.environment is None:
-        return {"devices": 1, "plugins": [checkpoint_io()]}
+        # Named, for Lightning would take one process in a job of SLURM for one of several.
+        return {"devices": 1, "plugins": [checkpoint_io(), LightningEnvironment()]}
     return {
         "devices": ranks.size // ranks.nodes,
         "num_nodes": ranks.nodes,

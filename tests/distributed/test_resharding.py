@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from test_parity import COMMON, TYPES, assert_same
 
 from upcycle.errors import ConfigError, SourceError
-from upcycle.train.checkpoints import read_checkpoint
+from upcycle.train.checkpoints import exported_checkpoint, read_checkpoint
 from upcycle.train.config import ExportConfig, TrainConfig
 from upcycle.train.export import export
 
@@ -110,7 +110,7 @@ def test_damaged_shards(name: str, expected: str, place: Path) -> None:
     if name == "dangling":  # the rows are still there
         assert training.rows(place / name) == before
     with pytest.raises(SourceError, match="the checkpoint is (damaged|gone)"):
-        read_checkpoint(place / name / "checkpoints/last.ckpt")
+        exported_checkpoint(place / name / "checkpoints/last.ckpt")
 
 
 def test_exported(place: Path, tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
+import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -83,7 +85,7 @@ def test_an_output_that_is_something_else(text: Path, text_model: Path, tmp_path
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("years of work")
     for change in ("overwrite=true", "resume=auto"):
-        with pytest.raises(OutputError, match="exists already"):
+        with pytest.raises(OutputError, match=r"exists already(.|\n)*remedy: +choose another output"):
             training.run(training.options(text, tmp_path / "run", "model=dense", f"source='{text_model}'", change))
     assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
 
@@ -118,13 +120,30 @@ def test_a_damaged_checkpoint(text: Path, text_model: Path, tmp_path: Path) -> N
     training.run(training.options(text, tmp_path / "run", *made))
     file = tmp_path / "run" / "checkpoints" / "last.ckpt"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(SourceError, match="the checkpoint is damaged"):
+    config = training.options(text, tmp_path / "run", *made, "resume=auto")
+    with pytest.raises(SourceError, match="the checkpoint is damaged") as refusal:
+        training.run(config)
+    command = re.search(r"remedy: +`(cp .*?)` goes on .*, overwrite=true starts again", str(refusal.value))
+    assert command
+    subprocess.run(command[1], shell=True, check=True)
+    training.run(config)
+    assert training.checkpoint(tmp_path / "run")["global_step"] == 6
+    assert [row["step"] for row in training.rows(tmp_path / "run") if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_damaged_checkpoint_alone(text: Path, text_model: Path, tmp_path: Path) -> None:
+    made = ["model=dense", f"source='{text_model}'", "data.held_out=0", "budget.steps=1"]
+    training.run(training.options(text, tmp_path / "run", *made))
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").write_bytes(b"PK")
+    with pytest.raises(SourceError, match=r"damaged(.|\n)*remedy: +start again with overwrite=true$"):
         training.run(training.options(text, tmp_path / "run", *made, "resume=auto"))
+    training.run(training.options(text, tmp_path / "run", *made, "overwrite=true"))
+    assert training.checkpoint(tmp_path / "run")["global_step"] == 1
 
 
 def test_a_damaged_record(text: Path, text_model: Path, tmp_path: Path) -> None:
     made = ["model=dense", f"source='{text_model}'"]
     training.run(training.options(text, tmp_path / "run", *made))
     (tmp_path / "run" / "run.json").write_text("{")
-    with pytest.raises(SourceError, match=r"run\.json is damaged"):
+    with pytest.raises(SourceError, match=r"run\.json is not JSON"):
         training.run(training.options(text, tmp_path / "run", *made, "resume=auto"))

@@ -42,14 +42,14 @@ class Staging(StagedFiles):
         self._lock = lock
 
     @classmethod
-    def open(cls, output: Path, *, fingerprint: str, overwrite: bool, resume: bool) -> Staging:
+    def open(cls, output: Path, *, fingerprint: str, overwrite: bool, resume: bool | None) -> Staging:
         """Prepare to write `output`, and keep other processes from doing the same.
 
         Args:
             output: the directory to be made; its parents are made too.
             fingerprint: identifies the source and the settings; only a run with the same one can be resumed.
             overwrite: replace an existing output, and drop an interrupted run unless `resume` is set.
-            resume: continue an interrupted run if there is one.
+            resume: continue an interrupted run if there is one; None for what is made in one go.
 
         Raises:
             OutputError: something is in the way, another process is writing there, or the place is not fit for it.
@@ -69,7 +69,8 @@ class Staging(StagedFiles):
                 raise OutputError(
                     f"an interrupted run left {partial}",
                     expected="no earlier run for this output",
-                    remedy="continue it with resume=true, or start again with overwrite=true",
+                    remedy=("continue it with resume=true, or " if resume is not None else "")
+                    + "start again with overwrite=true",
                 )
             if resume and found and _is_of(partial, fingerprint, _CONTINUE):
                 drop_drafts(partial)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,25 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MODEL, OPTIMIZER, REST = "state_dict", "optimizer", "rest.pt"
+LAST, BEST = "last.ckpt", "best.ckpt"
+
+
+def going_on(path: Path) -> str:
+    """What to do about a checkpoint that a run cannot go on from."""
+    best = path.with_name(BEST)
+    # The shards that a link names are deleted when it names others, so no two may name the same.
+    if path.name == LAST and best.is_file():
+        again = shlex.join(["cp", str(best), str(path)])
+        return f"`{again}` goes on from the lowest held-out loss, overwrite=true starts again"
+    return "start again with overwrite=true"
+
+
+def other(path: Path) -> str:
+    """What to do about a checkpoint that cannot be exported."""
+    there = path.with_name(BEST if path.name == LAST else LAST)
+    if there.exists():
+        return f"take the other one with checkpoint={there.stem}"
+    return "train again with overwrite=true" if path.exists() else "go on training with resume=auto"
 
 
 @contextmanager
@@ -41,8 +61,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn what fails while a checkpoint is read into the source's error.
+def reading(path: Path, remedy: str) -> Iterator[None]:
+    """Turn what fails while a checkpoint is read into the source's error; `remedy` is for one that is damaged.
 
     Raises:
         SourceError: it is damaged, or is a link to what is not there.
@@ -59,9 +79,9 @@ def reading(path: Path) -> Iterator[None]:
         raise
     except CheckpointException as collected:
         rank, error = _first(collected)
-        raise _damaged(path, f"rank {rank}: {_line(error)}") from error
+        raise _damaged(path, f"rank {rank}: {_line(error)}", remedy) from error
     except Exception as error:  # torch.load raises what its parsers raise
-        raise _damaged(path, _line(error)) from error
+        raise _damaged(path, _line(error), remedy) from error
 
 
 def read_rest(path: Path) -> dict[str, Any]:
@@ -93,5 +113,5 @@ def _line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _damaged(path: Path, found: str) -> SourceError:
-    return SourceError("the checkpoint is damaged", found=f"{path}: {found}", remedy="use the other one")
+def _damaged(path: Path, found: str, remedy: str) -> SourceError:
+    return SourceError("the checkpoint is damaged", found=f"{path}: {found}", remedy=remedy)

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from upcycle.distributed.shards import MODEL, OPTIMIZER, REST, read_rest, reading, writing
+from upcycle.distributed.shards import MODEL, OPTIMIZER, REST, going_on, read_rest, reading, writing
 from upcycle.files import DRAFT_SUFFIX, replacing, sync_directory
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """
         assert self.model is not None
         path, model, optimizer = Path(checkpoint_path), self.model, self.optimizers[0]
-        with reading(path):
+        with reading(path, going_on(path)):
             weights = {MODEL: get_model_state_dict(model)}
             load(weights, checkpoint_id=path)
             set_model_state_dict(model, weights[MODEL])

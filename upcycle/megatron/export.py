@@ -79,7 +79,7 @@ def _from_checkpoint(config: ExportConfig, directory: Path) -> Path:
     if not any(directory.glob("*.safetensors")):
         raise SourceError("the checkpoint has no weights", found=directory, expected="*.safetensors")
     fingerprint = hashlib.sha256(repr((str(directory), sorted(files.items()))).encode()).hexdigest()
-    with Staging.open(output, fingerprint=fingerprint, overwrite=config.overwrite, resume=False) as staging:
+    with Staging.open(output, fingerprint=fingerprint, overwrite=config.overwrite, resume=None) as staging:
         for file in sorted({*directory.iterdir(), *auxiliary_files(directory)}):
             name = file.relative_to(directory).as_posix()
             if file.is_file() and name not in files:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import ConfigError, OutputError, RecordError, SourceError
 from upcycle.files import output_errors, write_all, write_text
+from upcycle.json_files import parse_json, read_object
 from upcycle.tracking.schema import SCHEMA_VERSION
 from upcycle.tracking.versions import upgraded
 
@@ -74,7 +75,9 @@ class Record:
             raise OutputError(
                 f"the output {directory} exists already",
                 expected="a new directory",
-                remedy="go on with it with resume=auto, delete it with overwrite=true, or choose another output",
+                remedy="go on with it with resume=auto, delete it with overwrite=true, or choose another output"
+                if known
+                else "choose another output: this is no run, which could be gone on with or deleted",
             )
         before = read_run(directory)
         check_training_run(before, directory)
@@ -104,11 +107,11 @@ class Record:
         path = self.directory / METRICS
         if not path.exists():
             return
-        kept = [line for line in path.read_text().splitlines() if _step(line) <= step]
+        kept = [line.decode() for line in path.read_bytes().splitlines() if _step(line) <= step]
         write_text(path, "".join(f"{line}\n" for line in kept))
         self.last = {}
         for line in kept:
-            self.last |= {name: value for name, value in json.loads(line).items() if name not in ("step", "time")}
+            self.last |= {name: value for name, value in parse_json(line).items() if name not in ("step", "time")}
 
     def log(self, row: Mapping[str, Any], *, step: int) -> None:
         """Append a row, and hand it to the operating system: a killed process keeps it."""
@@ -145,15 +148,11 @@ def read_run(directory: Path) -> dict[str, Any]:
         SourceError: it is missing or damaged.
     """
     try:
-        content: Any = json.loads((directory / RUN).read_text())
+        content = read_object(directory / RUN, remedy="delete the run's directory, and train it again")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise SourceError(
             "there is no run", found=directory, expected="a directory that upcycle train wrote"
         ) from error
-    except ValueError as error:
-        raise _damaged(f"{directory}: {error}") from error
-    if not isinstance(content, dict):
-        raise _damaged(f"{directory}: {type(content).__name__} where an object should be")
     return dict(in_todays_words(content))
 
 
@@ -162,10 +161,6 @@ def in_todays_words(content: Mapping[str, Any]) -> Mapping[str, Any]:
     if content.get("schema") != SCHEMA_VERSION or any(each not in content for each in KNOWN_BY):
         return content
     return {**content, "config": upgraded(content["config"])}
-
-
-def _damaged(found: str) -> SourceError:
-    return SourceError("run.json is damaged", found=found, remedy="delete the run, and train it again")
 
 
 def read_own_run(directory: Path) -> dict[str, Any]:
@@ -204,10 +199,10 @@ def check_schema(content: Mapping[str, Any], place: object) -> None:
         )
 
 
-def _step(line: str) -> float:
+def _step(line: bytes) -> float:
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError):
+        return int(parse_json(line)["step"])
+    except (ValueError, LookupError, TypeError):
         return float("inf")
 
 

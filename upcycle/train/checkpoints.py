@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
-from upcycle.distributed.shards import read_rest, read_sharded, reading
+from upcycle.distributed.shards import BEST, LAST, going_on, other, read_rest, read_sharded, reading
 from upcycle.errors import ConfigError, OutputError, SourceError
 from upcycle.files import replacing, write_all
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from upcycle.distributed.ranks import Ranks
 
-LAST, BEST = "last.ckpt", "best.ckpt"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -72,20 +71,29 @@ def checkpoint_io() -> AsyncCheckpointIO:
     return AsyncCheckpointIO(AtomicCheckpointIO())
 
 
+def exported_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint to export, as `read_checkpoint`.
+
+    Raises:
+        SourceError: it is missing or damaged.
+    """
+    if not path.exists() and not path.is_symlink():
+        raise SourceError("there is no such checkpoint", found=path, remedy=other(path))
+    with reading(path, other(path)):
+        return read_checkpoint(path)
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU; tensors are read from the file when they are used.
 
     Of a sharded one, the model and the metadata, read whole.
 
     Raises:
-        SourceError: it is missing or damaged.
+        Exception: whatever torch's parsers raise for one that is damaged.
     """
-    with reading(path):
-        if path.is_dir():
-            return read_sharded(path)
-        if not path.exists():
-            raise SourceError("there is no such checkpoint", found=path, remedy="go on training with resume=auto")
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if path.is_dir():
+        return read_sharded(path)
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return content
 
 
@@ -106,7 +114,7 @@ def steps_done(path: Path, ranks: Ranks) -> int:
             found=f"{path} is a {'file' if path.is_file() else 'directory of shards'}, parallel is {ranks.layout}",
             remedy="start it as before: any number of ranks above one can go on with the shards of any other",
         )
-    with reading(path):
+    with reading(path, going_on(path)):
         return int((read_rest(path) if path.is_dir() else read_checkpoint(path))["global_step"])
 
 

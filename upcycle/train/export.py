@@ -26,7 +26,7 @@ from upcycle.routing.export import export_fields
 from upcycle.routing.release import groups_at
 from upcycle.source import expanded
 from upcycle.tracking.record import CHECKPOINTS, MODEL, NOT_COMPARED, read_own_run
-from upcycle.train.checkpoints import read_checkpoint
+from upcycle.train.checkpoints import exported_checkpoint
 from upcycle.train.config import ExportConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def export(config: ExportConfig, *, more: Mapping[str, str] | None = None) -> Pa
     directory, output = expanded(config.run), expanded(config.output)
     check_apart(directory, output)
     run = read_own_run(directory)
-    content = read_checkpoint(directory / CHECKPOINTS / f"{config.checkpoint}.ckpt")
+    content = exported_checkpoint(directory / CHECKPOINTS / f"{config.checkpoint}.ckpt")
     trained = TypeAdapter(TrainConfig).validate_python(run["config"])
     dtype = getattr(torch, config.dtype)
     with quietly():
@@ -69,7 +69,7 @@ def export(config: ExportConfig, *, more: Mapping[str, str] | None = None) -> Pa
         fingerprint = hashlib.sha256(json.dumps([run["config"], content["global_step"]]).encode()).hexdigest()
         with (
             gathered(directory / MODEL, model.config.to_json_string()) as beside,
-            Staging.open(output, fingerprint=fingerprint, overwrite=config.overwrite, resume=False) as staging,
+            Staging.open(output, fingerprint=fingerprint, overwrite=config.overwrite, resume=None) as staging,
         ):
             model.save_pretrained(staging.directory)
             for file in staging.directory.glob("*.safetensors"):

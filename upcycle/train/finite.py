@@ -40,7 +40,7 @@ def not_finite(
     return TrainingError(
         "the loss is not finite",
         found=f"{loss} at step {step}{f' on rank {rank}' if ranks.size > 1 else ''}, first in {where}",
-        remedy="the last checkpoint is from before: lower schedule.peak or optim.clip, then go on from it",
+        remedy="lower schedule.peak or optim.clip, and start again with overwrite=true",
     )
 
 

@@ -174,7 +174,7 @@ def _check_sliceable(source: DenseSource, ranks: Ranks) -> None:
         raise ConfigError(
             "only of safetensors files can every rank read what its shard needs",
             found=", ".join(others[:3]),
-            remedy="convert first, and train with model=checkpoint",
+            remedy="save the model as safetensors first, with save_pretrained of transformers",
         )
 
 

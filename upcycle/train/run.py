@@ -16,6 +16,7 @@ from upcycle.data.corpus import build_corpus
 from upcycle.data.order import order_hash
 from upcycle.distributed.failure import shared_failure
 from upcycle.distributed.ranks import Ranks, join_ranks
+from upcycle.distributed.shards import LAST
 from upcycle.errors import ConfigError
 from upcycle.files import output_errors
 from upcycle.load import load_dense
@@ -26,7 +27,7 @@ from upcycle.tracking.rows import keep_columns
 from upcycle.tracking.schema import SCHEMA_VERSION
 from upcycle.tracking.status import FAILED, FINISHED, RUNNING
 from upcycle.tracking.wandb_training import TrainingMirror
-from upcycle.train.checkpoints import LAST, steps_done
+from upcycle.train.checkpoints import steps_done
 from upcycle.train.device import device_of
 from upcycle.train.equip import equip
 from upcycle.train.fit import fit

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 from cli import SMALL, command
+from ended import Ended
 from safetensors.torch import save_file
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def peak_anonymous_bytes(running: subprocess.Popen[bytes]) -> tuple[int, int]:
 
 def peak_of(*arguments: str, output: Path) -> tuple[int, int]:
     line = command("convert", f"output={output}", *arguments)
-    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as running:
+    with Ended(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as running:
         found = peak_anonymous_bytes(running)
         assert running.wait() == 0
     shutil.rmtree(output)

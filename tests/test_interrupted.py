@@ -29,9 +29,9 @@ def test_killed_again_and_again(upcycle, tiny_llama, tmp_path, whole):
     arguments = (f"source={tiny_llama}", f"output={output}", *SMALL, SHARD, "resume=true")
     finished = set()
     for count in sorted(random.Random(0).sample(range(total), 3)):
-        run = Run(*arguments, cwd=tmp_path, seconds=0.02)
-        run.wait_for_bytes(staging, count)
-        assert run.end(signal.SIGKILL).status == -signal.SIGKILL
+        with Run(*arguments, cwd=tmp_path, stop_at=count) as run:
+            run.wait_until_stopped(staging)
+            assert run.end(signal.SIGKILL).status == -signal.SIGKILL
         assert not output.exists()
         kept = {file.name: file.stat().st_mtime_ns for file in staging.glob("*.safetensors")}
         assert finished <= kept.items(), "a resumed run wrote a finished file again"
@@ -50,9 +50,9 @@ def test_ctrl_c(upcycle, tiny_llama, tmp_path, whole, share):
     """Exit status 130 and no traceback; what is complete is kept, and otherwise nothing is."""
     output, staging = tmp_path / "output", tmp_path / ".output.partial"
     arguments = (f"source={tiny_llama}", f"output={output}", *SMALL, SHARD)
-    run = Run(*arguments, cwd=tmp_path, seconds=0.02 if share else 0.5)
-    run.wait_for_bytes(staging, int(share * weight_bytes(whole)) + 1)
-    outcome = run.end(signal.SIGINT)
+    with Run(*arguments, cwd=tmp_path, stop_at=int(share * weight_bytes(whole)) + 1) as run:
+        run.wait_until_stopped(staging)
+        outcome = run.end(signal.SIGINT)
     assert outcome.status == 130
     assert "Traceback" not in outcome.err
     assert outcome.err.endswith("upcycle: interrupted\n")
@@ -175,9 +175,9 @@ def test_a_failed_overwrite_keeps_the_old_output(upcycle, source, tmp_path, old)
 def test_an_overwrite_that_is_killed_keeps_the_old_output(upcycle, tiny_llama, tmp_path, old, whole):
     before = contents(old)
     arguments = (f"source={tiny_llama}", f"output={old}", *SMALL, SHARD, "overwrite=true")
-    run = Run(*arguments, cwd=tmp_path, seconds=0.02)
-    run.wait_for_bytes(tmp_path / ".output.partial", weight_bytes(whole) // 2)
-    assert run.end(signal.SIGKILL).status == -signal.SIGKILL
+    with Run(*arguments, cwd=tmp_path, stop_at=weight_bytes(whole) // 2) as run:
+        run.wait_until_stopped(tmp_path / ".output.partial")
+        assert run.end(signal.SIGKILL).status == -signal.SIGKILL
     assert contents(old) == before
     assert upcycle("convert", *arguments, "resume=true").status == 0
     assert contents(old) == contents(whole)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from cli import SHARD, SMALL, contents, edit_tensor
 from slowly import Run, weight_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 pytest_plugins = ["tiny"]
@@ -33,11 +33,11 @@ def arguments(tiny_llama: Path, tmp_path: Path) -> tuple[str, ...]:
 
 
 @pytest.fixture
-def half_way(arguments, tmp_path, whole) -> Run:
+def half_way(arguments, tmp_path, whole) -> Iterator[Run]:
     """A conversion with two workers in the middle of its writing."""
-    run = Run(*arguments, "workers=2", cwd=tmp_path, seconds=0.02)
-    run.wait_for_bytes(tmp_path / ".output.partial", weight_bytes(whole) // 2)
-    return run
+    with Run(*arguments, "workers=2", cwd=tmp_path, stop_at=weight_bytes(whole) // 2) as run:
+        run.wait_until_stopped(tmp_path / ".output.partial")
+        yield run
 
 
 def assert_ended(workers: list[psutil.Process]) -> None:
@@ -87,9 +87,7 @@ def test_all_is_killed_but_the_workers(half_way, resumed):
 def test_ctrl_c(half_way, resumed, to_all):
     """A terminal sends it to the workers too."""
     workers = half_way.workers()
-    if to_all:
-        os.killpg(half_way.process.pid, signal.SIGINT)
-    outcome = half_way.ended() if to_all else half_way.end(signal.SIGINT)
+    outcome = half_way.end(signal.SIGINT, to_all=to_all)
     assert outcome.status == 130
     assert "Traceback" not in outcome.err
     assert outcome.err.endswith("upcycle: interrupted\n")
@@ -100,11 +98,10 @@ def test_ctrl_c(half_way, resumed, to_all):
 @pytest.mark.slow
 def test_ctrl_c_while_workers_start(arguments, tmp_path):
     """Before they have anything to say, and before any of their own code runs."""
-    run = Run(*arguments, "workers=2", cwd=tmp_path, seconds=0)
-    while not (workers := run.workers()):
-        assert run.process.poll() is None
-    os.killpg(run.process.pid, signal.SIGINT)
-    outcome = run.ended()
+    with Run(*arguments, "workers=2", cwd=tmp_path, stop_at=1) as run:
+        while not (workers := run.workers()):
+            assert run.process.poll() is None
+        outcome = run.end(signal.SIGINT, to_all=True)
     assert outcome.status == 130
     assert "Traceback" not in outcome.err
     assert not psutil.wait_procs(workers, timeout=SECONDS_TO_END)[1]

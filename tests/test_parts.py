@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 import subprocess
+from contextlib import ExitStack
 
 import pytest
 from cli import SHARD, SMALL, command, contents, edit_tensor
+from ended import Ended
 from slowly import Run, weight_bytes
 
 pytest_plugins = ["tiny"]
@@ -72,10 +74,10 @@ def test_a_part_beside_a_conversion_of_its_own(upcycle, arguments, tmp_path, who
 @pytest.mark.slow
 def test_a_killed_part_is_started_again(upcycle, arguments, tmp_path, whole):
     staging = tmp_path / ".output.partial"
-    run = Run(*arguments, "part=1/2", cwd=tmp_path, seconds=0.02)
-    run.wait_for_bytes(staging, weight_bytes(whole) // 4)
-    upcycle("convert", *arguments, "part=1/2").refused("another process")
-    assert run.end(signal.SIGKILL).status == -signal.SIGKILL
+    with Run(*arguments, "part=1/2", cwd=tmp_path, stop_at=weight_bytes(whole) // 4) as run:
+        run.wait_until_stopped(staging)
+        upcycle("convert", *arguments, "part=1/2").refused("another process")
+        assert run.end(signal.SIGKILL).status == -signal.SIGKILL
     kept = {(file.name, file.stat().st_mtime_ns) for file in staging.glob("*.safetensors")}
     assert kept
     assert upcycle("convert", *arguments, "part=2/2").status == 0
@@ -88,8 +90,9 @@ def test_a_killed_part_is_started_again(upcycle, arguments, tmp_path, whole):
 @pytest.mark.slow
 def test_all_parts_at_once(arguments, tmp_path, whole):
     lines = [command("convert", *arguments, f"part={number}/3") for number in (1, 2, 3)]
-    running = [subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for line in lines]
-    errors = [process.communicate(timeout=120)[1] for process in running]
+    with ExitStack() as ending:
+        running = [ending.enter_context(Ended(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True)) for line in lines]
+        errors = [process.communicate(timeout=120)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0, 0], errors
     assert contents(tmp_path / "output") == contents(whole)
     assert {path.name for path in tmp_path.iterdir()} == {"output"}

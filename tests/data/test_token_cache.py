@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from ended import Ended
 from texts import EOS, corpus, options, texts, tokenizer, write
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -162,8 +163,10 @@ def test_two_processes_at_once(documents: Path, tmp_path: Path) -> None:
         "print(cached_tokens(pathlib.Path(sys.argv[1]), 'key', build).tokens.sum())\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "shared")]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert sorted(process.communicate(timeout=60)[0].strip() for process in running) == ["36", "built 36"]
+    pipe = subprocess.PIPE
+    with Ended(command, stdout=pipe, text=True) as one, Ended(command, stdout=pipe, text=True) as other:
+        said = sorted(process.communicate(timeout=60)[0].strip() for process in (one, other))
+    assert said == ["36", "built 36"]
 
 
 def test_documents_that_change_while_they_are_read(tmp_path: Path) -> None:

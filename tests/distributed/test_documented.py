@@ -15,13 +15,14 @@ from launching import environment
 
 if TYPE_CHECKING:
     import pytest
+from ended import Ended
 
 ROOT = Path(__file__).parent.parent.parent
 LINES = [line for line in commands((ROOT / "docs/scaling.md").read_text()) if not line.startswith("upcycle plan ")]
 SHORTER = {"budget.tokens=4e6": "budget.tokens=32768 log_every=1 validation.windows=4 data.cache_dir=cache"}
 
 
-def interrupt(started: subprocess.Popen[str], run: Path) -> None:
+def interrupt(started: Ended[str], run: Path) -> None:
     """Send a training command SIGTERM after its first steps, as a scheduler does."""
     metrics = run / "metrics.jsonl"
     while started.poll() is None and not (metrics.exists() and '"train/loss"' in metrics.read_text()):
@@ -36,12 +37,11 @@ def test_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, line in enumerate(LINES):
         for given, replacement in SHORTER.items():
             line = line.replace(given, replacement)
-        started = subprocess.Popen(
-            shlex.split(line), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        if number == 0:
-            interrupt(started, tmp_path / "runs/ep")
-        said = "".join(started.communicate())
+        pipe = subprocess.PIPE
+        with Ended(shlex.split(line), env=environment(), stdout=pipe, stderr=pipe, text=True) as started:
+            if number == 0:
+                interrupt(started, tmp_path / "runs/ep")
+            said = "".join(started.communicate())
         if number == 0:
             assert json.loads((tmp_path / "runs/ep/run.json").read_text())["status"] == "interrupted", said
             continue

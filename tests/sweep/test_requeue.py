@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from ended import Ended
 
 from upcycle.sweep.requeue import Requeue
 
@@ -28,7 +29,7 @@ def requeued() -> Iterator[list[int]]:
 
 
 def test_the_worker_ends_first(requeued: list[int]) -> None:
-    with Requeue() as requeue, subprocess.Popen([sys.executable, "-c", SAVES], stdout=subprocess.PIPE) as worker:
+    with Requeue() as requeue, Ended([sys.executable, "-c", SAVES], stdout=subprocess.PIPE) as worker:
         assert worker.stdout
         worker.stdout.readline()
         with requeue.after(worker):

@@ -6,22 +6,23 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 import questions
 from cli import command, process
+from ended import Ended
 from pydantic import TypeAdapter
 
 from upcycle.sweep.check import estimate
 from upcycle.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from cli import Outcome
@@ -74,23 +75,30 @@ def test_a_shipped_sweep_runs_and_is_not_run_again(
     assert {run: (run / "run.json").stat().st_mtime_ns for run in runs.values()} == before
 
 
+@contextmanager
+def started(given: list[str], place: Path) -> Iterator[Ended[bytes]]:
+    """A sweep in a session of its own; left, it is killed."""
+    with (
+        (place / "log").open("wb") as log,
+        Ended(command(*given), stdout=log, stderr=log, cwd=place, start_new_session=True) as sweep,
+    ):
+        yield sweep
+
+
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_stood(upcycle: Callable[..., Outcome], text: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of the second run: the first is kept, the second resumes, the others start."""
     output = tmp_path / "runs"
     given = ["train", "-m", *questions.shipped("capacity", text), f"output={output}", "budget.flops=2e10"]
-    with (tmp_path / "log").open("wb") as log:
-        sweep = subprocess.Popen(command(*given), stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
 
-    def in_the_second() -> bool:
+    def in_the_second(sweep: Ended[bytes]) -> bool:
         assert sweep.poll() is None
         index = output / "capacity.json"
         second = list(questions.runs(output, "capacity").values())[1] if index.exists() else None
         return bool(second and (second / "checkpoints/last.ckpt").exists())
 
-    wait_for(in_the_second)
-    os.kill(sweep.pid, signal.SIGKILL)
-    sweep.wait()
+    with started(given, tmp_path) as sweep:
+        wait_for(lambda: in_the_second(sweep))
     first, second, third, _ = questions.runs(output, "capacity").values()
     wait_for(lambda: questions.status(second) != "running")
     assert (questions.status(first), questions.status(third)) == ("finished", None)
@@ -108,14 +116,13 @@ def test_a_killed_sweep_goes_on_where_it_stood(upcycle: Callable[..., Outcome], 
 def test_a_sweep_that_is_told_to_end_leaves_no_process(launcher: list[str], text: Path, tmp_path: Path) -> None:
     output = tmp_path / "runs"
     given = ["train", "-m", *questions.shipped("capacity", text), f"output={output}", "budget.flops=1e12", *launcher]
-    with (tmp_path / "log").open("wb") as log:
-        sweep = subprocess.Popen(command(*given), stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
-    wait_for(lambda: any(output.glob("*/checkpoints/last.ckpt")))
-    started = psutil.Process(sweep.pid).children(recursive=True)
-    assert started
-    sweep.terminate()
-    assert sweep.wait(timeout=DEADLINE) == 128 + signal.SIGTERM
-    wait_for(lambda: not any(process.is_running() for process in started))
+    with started(given, tmp_path) as sweep:
+        wait_for(lambda: any(output.glob("*/checkpoints/last.ckpt")))
+        below = psutil.Process(sweep.pid).children(recursive=True)
+        assert below
+        sweep.terminate()
+        assert sweep.wait(timeout=DEADLINE) == 128 + signal.SIGTERM
+    wait_for(lambda: not any(process.is_running() for process in below))
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import pytest
 import questions
 import training
 from cli import Outcome, command
+from ended import Ended
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,8 +45,8 @@ def sweep(text_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
 def machines(sweep: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Outcome]]:
     """The sweep on one process, which two machines start at once with one output; and how they ended."""
     output = tmp_path_factory.mktemp("serial")
-    started = [start(*sweep, f"output={output}") for _ in range(2)]
-    return output, [end(each) for each in started]
+    with start(*sweep, f"output={output}") as one, start(*sweep, f"output={output}") as other:
+        return output, [end(each) for each in (one, other)]
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +54,12 @@ def serial(machines: tuple[Path, list[Outcome]]) -> dict[str, Path]:
     return questions.runs(machines[0], "mine")
 
 
-def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+def start(*arguments: str, **environment: str) -> Ended[str]:
     pipe = subprocess.PIPE
-    return subprocess.Popen(command(*arguments), env=os.environ | environment, stdout=pipe, stderr=pipe, text=True)
+    return Ended(command(*arguments), env=os.environ | environment, stdout=pipe, stderr=pipe, text=True)
 
 
-def end(sweep: subprocess.Popen[str]) -> Outcome:
+def end(sweep: Ended[str]) -> Outcome:
     out, err = sweep.communicate(timeout=DEADLINE)
     return Outcome(status=sweep.returncode, out=out, err=err)
 
@@ -96,13 +97,13 @@ def test_two_nodes_and_a_requeue_are_one_process(sweep: list[str], serial: dict[
     slurm, output = tmp_path / "slurm", tmp_path / "runs"
     environment = fake_slurm.install(slurm)
     given = [*sweep, f"output={output}", *TWO_NODES]
-    started = start(*given, **environment)
     interrupted = output / serial["two"].name
-    wait_for((interrupted / "run.json").exists)
-    job = next(name for name, each in fake_slurm.jobs(slurm).items() if name.endswith("_0"))
-    wait_for((interrupted / "checkpoints/last.ckpt").exists)
-    fake_slurm.signal_tasks(slurm, job)
-    ended = end(started)
+    with start(*given, **environment) as started:
+        wait_for((interrupted / "run.json").exists)
+        job = next(name for name, each in fake_slurm.jobs(slurm).items() if name.endswith("_0"))
+        wait_for((interrupted / "checkpoints/last.ckpt").exists)
+        fake_slurm.signal_tasks(slurm, job)
+        ended = end(started)
     assert ended.status == 0, ended
     assert 0 < stopped_at(interrupted) < STEPS
     assert starts(interrupted) == 2
@@ -121,7 +122,8 @@ def test_two_nodes_and_a_requeue_are_one_process(sweep: list[str], serial: dict[
         for one, other in zip(mine, theirs, strict=True):
             for name in {"train/loss", "val/loss"} & other.keys():
                 assert abs(one[name] - other[name]) < TOLERANCE, (arm, name, one["step"])
-    again = end(start(*given, **environment))
+    with start(*given, **environment) as started:
+        again = end(started)
     assert (again.status, again.out) == (0, ended.out)
     assert fake_slurm.jobs(slurm) == submitted
 
@@ -131,13 +133,14 @@ def test_submitit_requeues_a_local_job(sweep: list[str], serial: dict[str, Path]
     """Its local executor starts the job again, as SLURM does; the record is bit for bit the uninterrupted one's."""
     arm = [each for each in sweep if each != "-m"]
     given = [*arm, "+arm=two", "seed=0", f"output={tmp_path}", "hydra/launcher=submitit_local"]
-    started, run = start(*given), tmp_path / serial["two"].name
-    wait_for((run / "run.json").exists)
-    below = psutil.Process(started.pid).children(recursive=True)
-    (task,) = [each for each in below if "submitit.core._submit" in each.cmdline()]
-    wait_for((run / "checkpoints/last.ckpt").exists)
-    task.send_signal(fake_slurm.signal.SIGUSR2)
-    ended = end(started)
+    run = tmp_path / serial["two"].name
+    with start(*given) as started:
+        wait_for((run / "run.json").exists)
+        below = psutil.Process(started.pid).children(recursive=True)
+        (task,) = [each for each in below if "submitit.core._submit" in each.cmdline()]
+        wait_for((run / "checkpoints/last.ckpt").exists)
+        task.send_signal(fake_slurm.signal.SIGUSR2)
+        ended = end(started)
     assert ended.status == 0, ended
     assert 0 < stopped_at(run) < STEPS
     assert training.rows(run) == training.rows(serial["two"])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from ended import Ended
 
 pytest.importorskip("submitit")
 SOON = 90  # seconds
@@ -40,7 +41,7 @@ def number() -> str:
     return str(random.Random(os.getpid()).randrange(1_000_000))
 
 
-def task(number: str, rank: int, worker: str, gathering: float = SOON) -> subprocess.Popen[str]:
+def task(number: str, rank: int, worker: str, gathering: float = SOON) -> Ended[str]:
     environment = {
         "SUBMITIT_EXECUTOR": "local",
         "SUBMITIT_LOCAL_JOB_ID": number,
@@ -50,7 +51,7 @@ def task(number: str, rank: int, worker: str, gathering: float = SOON) -> subpro
     }
     given = [sys.executable, "-c", TASK, worker, str(gathering)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(given, env=os.environ | environment, stdout=pipe, stderr=pipe, text=True)
+    return Ended(given, env=os.environ | environment, stdout=pipe, stderr=pipe, text=True)
 
 
 @pytest.mark.parametrize(
@@ -64,8 +65,8 @@ def task(number: str, rank: int, worker: str, gathering: float = SOON) -> subpro
     ],
 )
 def test_workers_end_together(workers: tuple[str, str], codes: tuple[str, str], number: str) -> None:
-    tasks = [task(number, rank, worker) for rank, worker in enumerate(workers)]
-    first, second = (each.communicate(timeout=SOON) for each in tasks)
+    with task(number, 0, workers[0]) as one, task(number, 1, workers[1]) as other:
+        first, second = (each.communicate(timeout=SOON) for each in (one, other))
     assert first == (f"started\n{codes[0]}\n", "")
     assert second == (f"started\n{codes[1]}\nFalse\n", "")
 
@@ -86,8 +87,8 @@ def test_a_task_that_is_killed_does_not_hang_the_other(killed: int, left: str, n
 
 
 def test_a_task_that_does_not_come(number: str) -> None:
-    alone = task(number, 0, FOREVER, gathering=2)
-    out, error = alone.communicate(timeout=SOON)
+    with task(number, 0, FOREVER, gathering=2) as alone:
+        out, error = alone.communicate(timeout=SOON)
     assert alone.returncode == 1
     assert not out
     assert "the tasks of the job cannot reach each other" in error

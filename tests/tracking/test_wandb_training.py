@@ -15,6 +15,7 @@ import training
 import wandb
 import wandb_records as made
 from cli import command
+from ended import Ended
 from lightning.pytorch import Callback
 
 from upcycle.analysis.runs import load_runs
@@ -98,11 +99,9 @@ def test_killed_and_started_again(client: pytest.MonkeyPatch, text: Path, text_m
     line = command(
         "train", *training.overrides(text), *given, "budget.steps=20", "validation.every=20", "checkpoint_every=5"
     )
-    started = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while started.poll() is None and not (output / "checkpoints" / "last.ckpt").exists():
-        time.sleep(0.01)
-    started.kill()
-    started.wait()
+    with Ended(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as started:
+        while started.poll() is None and not (output / "checkpoints" / "last.ckpt").exists():
+            time.sleep(0.01)
     assert read_run(output)["status"] == "running"
     subprocess.run(line, check=True, capture_output=True)
     assert len(offline(output)) == 2

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import training
+from ended import Ended
 from lightning.pytorch import Callback
 
 from upcycle.data.order import PositionSampler
@@ -159,7 +160,7 @@ def kill_after(step: int, text: Path, output: Path, *changes: str) -> int:
     paths = [str(Path(training.__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     # One thread, as in this process: sums depend on it.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with Ended(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         while int(process.stdout.readline()) < step:

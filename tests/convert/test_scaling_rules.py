@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import conversions
 import models
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conversions import ROUTER_ORDERS, TOLERANCE, assert_lossless, gap, options
 
+from upcycle.errors import SourceError
 from upcycle.source import open_source
 from upcycle.text import sample_tokens
 
@@ -150,6 +152,15 @@ def test_calibration_takes_more_tokens_than_the_model_has_positions(with_tokeniz
     changes = {"scaling": "calibrated", "calibration_tokens": 5 * models.POSITIONS // 2}
     done = conversions.run(options(with_tokenizer["gpt2"], tmp_path / "moe", **changes))
     assert all(math.isclose(s.output, NEEDED["softmax_topk"], rel_tol=1e-3) for s in done.plan.scaling.values())
+
+
+def test_a_mass_that_cannot_be_measured(with_tokenizer, tmp_path):
+    """Weights that are finite, and make inputs that are not."""
+    source = shutil.copytree(with_tokenizer["llama"], tmp_path / "source")
+    conversions.edit(source, lambda t: t["model.layers.1.post_attention_layernorm.weight"].fill_(3e38))
+    with pytest.raises(SourceError, match=r"cannot be measured(.|\n)*nan in layer 1\n(.|\n)*init.scaling=exact"):
+        conversions.run(options(source, tmp_path / "moe", scaling="calibrated"))
+    assert not (tmp_path / "moe").exists()
 
 
 def test_calibrated_is_exact_where_weights_are_normalised(dense, dense_outputs, tmp_path):

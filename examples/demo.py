@@ -26,7 +26,7 @@ PROMPT = "def fibonacci(n):\n"
 NEW_TOKENS = 30
 STEPS = 5
 TRAIN_TOKENS = 512
-COMPARED_STEPS = 1200
+COMPARED_STEPS = 400
 console = Console()
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from upcycle.distributed.shards import LAST
 from upcycle.tracking.record import CHECKPOINTS
-from upcycle.train.checkpoints import LAST
 
 if TYPE_CHECKING:
     from pathlib import Path

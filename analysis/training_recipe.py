@@ -26,7 +26,7 @@ import pandas as pd
 from upcycle.analysis import draw_comparison, draw_curves, draw_frontier, frontier
 from upcycle.analysis.prose import answer, introduction, judgement
 from upcycle.analysis.questions import Claim, judge, load_sweep
-from upcycle.manifest import read_manifest
+from upcycle.models.manifest import read_manifest
 
 # %matplotlib inline
 RECORDS = os.environ.get("UPCYCLE_RECORDS", "results/laptop")

@@ -27,11 +27,11 @@ from environment import environment
 from rich.console import Console
 from rich.table import Table
 
-from upcycle.arguments import CONF, typed_options
-from upcycle.config import ConvertConfig
+from upcycle.options.arguments import CONF, typed_options
+from upcycle.options.config import ConvertConfig
 
 if TYPE_CHECKING:
-    from upcycle.prepare import Conversion
+    from upcycle.convert.prepare import Conversion
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FILES = 16
@@ -104,7 +104,7 @@ class Times:
 
 def converted(source: Path, output: Path, *, workers: int, shard: int) -> Times:
     """Convert, time it, and delete the output."""
-    from upcycle.convert import convert  # here: new processes import this file, and need no transformers
+    from upcycle.convert.run import convert  # here: new processes import this file, and need no transformers
 
     given = [f"source={source}", f"output={output}", f"workers={workers}", f"max_shard_size={shard // 1000}KB"]
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):

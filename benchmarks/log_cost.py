@@ -26,8 +26,7 @@ from environment import environment
 from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback
 
-from upcycle.arguments import CONF
-from upcycle.cli import typed_options
+from upcycle.options.arguments import CONF, typed_options
 from upcycle.routing import router
 from upcycle.routing.statistics import RoutingSums
 from upcycle.train.config import TrainConfig

@@ -25,7 +25,7 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
-from upcycle.arguments import CONF, typed_options
+from upcycle.options.arguments import CONF, typed_options
 from upcycle.train.config import TrainConfig
 from upcycle.train.run import train
 

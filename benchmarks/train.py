@@ -36,9 +36,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from upcycle.arguments import CONF
-from upcycle.cli import typed_options
 from upcycle.data.bytes_tokenizer import byte_tokenizer
+from upcycle.options.arguments import CONF, typed_options
 from upcycle.train.config import TrainConfig
 from upcycle.train.run import train
 

@@ -19,8 +19,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from upcycle.load import load_dense
-from upcycle.source import open_source
+from upcycle.models.load import load_dense
+from upcycle.models.source import open_source
 
 PROMPT = "def fibonacci(n):\n"
 NEW_TOKENS = 30

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from upcycle.arch.families import FAMILIES
 from upcycle.arch.family import describe
-from upcycle.config import ConvertConfig, InitConfig, MoeConfig
-from upcycle.convert import convert
+from upcycle.convert.run import convert
+from upcycle.options.config import ConvertConfig, InitConfig, MoeConfig
 from upcycle.plan.groups import settled
 from upcycle.plan.plan import build_plan
 from upcycle.plan.request import moe_shape
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from upcycle.arch.family import DenseModel
+    from upcycle.convert.prepare import Conversion
     from upcycle.plan.plan import Plan
-    from upcycle.prepare import Conversion
 
 ROUTER_ORDERS = ("softmax_topk", "topk_softmax")
 # A much smaller one lets two groups tie in float32 now and then, which would break both.

@@ -15,9 +15,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 import upcycle
-from upcycle.arguments import CONF, typed_options
-from upcycle.cli import COMMANDS
+from upcycle.cli.app import COMMANDS
 from upcycle.errors import UpcycleError
+from upcycle.options.arguments import CONF, typed_options
 from upcycle.sweep.config import SweepConfig
 
 PACKAGE = Path(upcycle.__file__).parent

@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from upcycle.text import DEFAULT_TEXT
+from upcycle.models.text import DEFAULT_TEXT
 
 ROOT = Path(__file__).parent.parent
 MODELS = {"stdlib-250k": "stdlib_250k", "stdlib-2m": "stdlib_2m"}

@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from upcycle.text import DEFAULT_TEXT
+from upcycle.models.text import DEFAULT_TEXT
 
 VOCAB = 300
 MODULES = ("abc", "bisect", "calendar", "cmd", "code", "copy", "csv", "glob", "heapq", "shlex", "stat", "types")

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from hydra import compose, initialize_config_dir
 
-from upcycle.arguments import CONF
-from upcycle.cli import typed_options
+from upcycle.options.arguments import CONF, typed_options
 from upcycle.train.config import TrainConfig
 from upcycle.train.run import train
 

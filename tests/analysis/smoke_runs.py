@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hydra import compose, initialize_config_dir
 
-from upcycle.arguments import CONF
+from upcycle.options.arguments import CONF
 from upcycle.sweep.index import write_index
 from upcycle.sweep.plan import COMMAND, arm_config, plan_sweep
 from upcycle.train.run import train

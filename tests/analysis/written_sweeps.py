@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hydra import compose, initialize_config_dir
 from written import write_run
 
-from upcycle.arguments import CONF
+from upcycle.options.arguments import CONF
 from upcycle.sweep.expand import expand
 from upcycle.sweep.plan import COMMAND, sweep_options
 

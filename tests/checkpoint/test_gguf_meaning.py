@@ -12,12 +12,12 @@ from gguf_files import vocabulary
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from upcycle.checkpoint import gguf_config, open_reader
-from upcycle.config import VerifyConfig
 from upcycle.errors import SourceError
-from upcycle.load import load_dense
-from upcycle.source import open_source
-from upcycle.text import DEFAULT_TEXT
-from upcycle.verify import verify
+from upcycle.models.load import load_dense
+from upcycle.models.source import open_source
+from upcycle.models.text import DEFAULT_TEXT
+from upcycle.options.config import VerifyConfig
+from upcycle.verify.run import verify
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,8 +12,8 @@ import torch
 from conversions import ROUTER_ORDERS, TOLERANCE, assert_lossless, gap, options
 
 from upcycle.errors import SourceError
-from upcycle.source import open_source
-from upcycle.text import sample_tokens
+from upcycle.models.source import open_source
+from upcycle.models.text import sample_tokens
 
 EXPANSION, GRANULARITY, TOP_K = 4, 2, 2
 SHARD = models.WIDTH // GRANULARITY

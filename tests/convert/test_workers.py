@@ -13,15 +13,15 @@ from gguf_files import write_gguf
 from models import build, save, tokenizer
 from safetensors.torch import load_file
 
-from upcycle import prepare, workers
-from upcycle.convert import convert
+from upcycle.convert import prepare, workers
+from upcycle.convert.run import convert
 from upcycle.errors import OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from upcycle.config import ConvertConfig
+    from upcycle.options.config import ConvertConfig
 
 SMALL = "20KB"
 

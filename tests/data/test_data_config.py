@@ -8,8 +8,8 @@ import pytest
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
-from upcycle.arguments import CONF
 from upcycle.data.config import KINDS, MIXTURE, DataConfig
+from upcycle.options.arguments import CONF
 
 SHIPPED = {file.stem: file for file in sorted((CONF / "data").glob("*.yaml"))}
 REQUIRED: dict[str, dict[str, Any]] = {

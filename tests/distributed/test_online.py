@@ -13,7 +13,7 @@ import training
 from conversions import run as converted
 from launching import on_ranks
 
-from upcycle.load import load_checkpoint
+from upcycle.models.load import load_checkpoint
 from upcycle.train.models import conversion_request
 
 if TYPE_CHECKING:

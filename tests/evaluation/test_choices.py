@@ -15,8 +15,8 @@ from upcycle.data.config import DataConfig, DomainConfig
 from upcycle.data.corpus import build_corpus
 from upcycle.errors import ConfigError, SourceError
 from upcycle.evaluation.choices import Choices, held_out_choices
-from upcycle.load import load_checkpoint
-from upcycle.moe_config import describe_moe
+from upcycle.models.load import load_checkpoint
+from upcycle.models.moe import describe_moe
 
 if TYPE_CHECKING:
     from pathlib import Path

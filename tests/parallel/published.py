@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from upcycle.arguments import CONF
+from upcycle.options.arguments import CONF
 from upcycle.parallel.config import FoldingConfig, WorkloadConfig
 from upcycle.parallel.gpu import Gpu, GpuFile, checked_gpu
 from upcycle.parallel.search import Request

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from published import gpu
 
-from upcycle.arguments import CONF
 from upcycle.errors import ConfigError
+from upcycle.options.arguments import CONF
 from upcycle.parallel.gpu import GpuFile, Group, checked_gpu
 
 FIELDS = (CONF / "gpu" / "h100.yaml").read_text()

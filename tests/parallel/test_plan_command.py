@@ -8,7 +8,7 @@ import pytest
 from cli import SMALL
 from transformers import LlamaConfig, MistralConfig
 
-from upcycle.arguments import CONF
+from upcycle.options.arguments import CONF
 
 pytest_plugins = ["tiny"]
 

@@ -9,8 +9,8 @@ import pytest
 from conversions import options
 from published import MODELS
 
+from upcycle.convert.prepare import prepare
 from upcycle.parallel.sizes import conversion_sizes
-from upcycle.prepare import prepare
 
 # What is left out of the others: biases and learned positions.
 EXACT = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2"}

@@ -11,7 +11,7 @@ import torch
 from conversions import options
 from torch.utils.flop_counter import FlopCounterMode
 
-from upcycle.prepare import prepare
+from upcycle.convert.prepare import prepare
 
 REQUESTS = {
     "plain": {},

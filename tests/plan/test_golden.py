@@ -13,8 +13,8 @@ import models
 import pytest
 from conversions import options
 
-from upcycle.prepare import prepare
-from upcycle.render import plan_json
+from upcycle.convert.prepare import prepare
+from upcycle.convert.render import plan_json
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SHARED = ("llama", "gemma", "gpt2")  # planned with a shared expert and in one layer only

@@ -9,9 +9,9 @@ from conversions import options
 from hypothesis import given
 from hypothesis import strategies as st
 
+from upcycle.convert.prepare import parse_size
 from upcycle.errors import ConfigError
 from upcycle.plan.request import check_init, moe_layers, moe_shape
-from upcycle.prepare import parse_size
 
 WIDTH, LAYERS = 96, 6
 

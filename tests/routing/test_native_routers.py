@@ -9,8 +9,8 @@ import torch
 from conversions import load, options, read_tensors, run
 from models import HIDDEN, token_ids
 
-from upcycle.model_config import load_config
-from upcycle.moe_config import describe_moe, regrouped
+from upcycle.models.config import load_config
+from upcycle.models.moe import describe_moe, regrouped
 from upcycle.routing.config import BalanceConfig, RouterConfig
 from upcycle.routing.install import install_routers
 

@@ -10,7 +10,7 @@ from routers import description
 from transformers import AutoModelForCausalLM
 
 from upcycle.errors import ConfigError
-from upcycle.moe_config import describe_moe, regrouped
+from upcycle.models.moe import describe_moe, regrouped
 from upcycle.routing.config import BalanceConfig, RouterConfig, Schedule
 from upcycle.routing.export import export_fields
 from upcycle.routing.install import install_routers

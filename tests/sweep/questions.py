@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from upcycle.arguments import CONF
+from upcycle.options.arguments import CONF
 from upcycle.sweep.expand import expand
 from upcycle.sweep.plan import COMMAND, arm_config, sweep_options
 

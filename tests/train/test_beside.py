@@ -17,8 +17,8 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from llama2_tokenizer import TEXT, VOCAB
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from upcycle.auxiliary import auxiliary_files
 from upcycle.data.bytes_tokenizer import byte_tokenizer
+from upcycle.models.auxiliary import auxiliary_files
 from upcycle.train.config import ExportConfig
 from upcycle.train.export import export
 

@@ -15,12 +15,12 @@ import training
 from models import token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from upcycle.config import InspectConfig
 from upcycle.errors import ConfigError, OutputError, RecordError, SourceError
-from upcycle.inspection import inspect, inspection_table
-from upcycle.moe_config import describe_moe
+from upcycle.models.moe import describe_moe
+from upcycle.options.config import InspectConfig
 from upcycle.train.config import ExportConfig
 from upcycle.train.export import export
+from upcycle.verify.inspection import inspect, inspection_table
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,9 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from upcycle.load import load_checkpoint
-from upcycle.moe_config import describe_moe
-from upcycle.prepare import prepare
+from upcycle.convert.prepare import prepare
+from upcycle.models.load import load_checkpoint
+from upcycle.models.moe import describe_moe
 from upcycle.train.flops import forward_flops
 
 if TYPE_CHECKING:

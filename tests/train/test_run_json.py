@@ -22,7 +22,7 @@ import training
 from upcycle.analysis import compare, load_runs
 from upcycle.data.corpus import build_corpus
 from upcycle.errors import RecordError
-from upcycle.load import load_tokenizer_from
+from upcycle.models.load import load_tokenizer_from
 from upcycle.tracking.record import read_run
 from upcycle.train.config import ExportConfig, TrainConfig
 from upcycle.train.export import export

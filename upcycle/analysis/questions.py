@@ -18,8 +18,8 @@ from upcycle.analysis.compare import COLUMNS, compare
 from upcycle.analysis.frontier import SAVING_COLUMNS, iso_loss_saving
 from upcycle.analysis.outcomes import SEED
 from upcycle.analysis.runs import FACTS, load_runs
-from upcycle.arguments import CONF
 from upcycle.errors import RecordError, near_misses
+from upcycle.options.arguments import CONF
 from upcycle.sweep.index import read_index
 from upcycle.tracking.record import RUN, read_run
 from upcycle.tracking.schema import METRICS

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from upcycle.errors import SourceError
-from upcycle.json_files import read_object
+from upcycle.files.json import read_object
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

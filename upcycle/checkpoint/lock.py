@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Final
 from uuid import uuid4
 
 from upcycle.errors import OutputError
-from upcycle.files import DRAFT_SUFFIX, flock, output_errors, write_all, write_text
-from upcycle.json_files import parse_json
+from upcycle.files.durable import DRAFT_SUFFIX, flock, output_errors, write_all, write_text
+from upcycle.files.json import parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path

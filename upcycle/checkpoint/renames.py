@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from upcycle.errors import OutputError
-from upcycle.files import output_errors
+from upcycle.files.durable import output_errors
 
 
 def check_renames(output: Path, *, links: bool = False) -> None:

@@ -14,7 +14,7 @@ from upcycle.checkpoint.index import check_copies, gathered
 from upcycle.checkpoint.pointer import POINTER, not_downloaded
 from upcycle.checkpoint.tensors import TensorInfo
 from upcycle.errors import SourceError
-from upcycle.json_files import NotJsonError, parse_json
+from upcycle.files.json import NotJsonError, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -13,7 +13,7 @@ import torch
 from upcycle.checkpoint.dtypes import torch_dtype
 from upcycle.checkpoint.lock import recorded
 from upcycle.errors import OutputError, SourceError
-from upcycle.files import DRAFT_SUFFIX, drafting, output_errors, write_all, writing_behind
+from upcycle.files.durable import DRAFT_SUFFIX, drafting, output_errors, write_all, writing_behind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

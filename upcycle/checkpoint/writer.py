@@ -14,7 +14,7 @@ from upcycle.checkpoint.lock import StagingLock, drop_drafts, recorded, retire
 from upcycle.checkpoint.renames import check_renames
 from upcycle.checkpoint.staged import StagedFiles
 from upcycle.errors import OutputError
-from upcycle.files import output_errors, sync_directory
+from upcycle.files.durable import output_errors, sync_directory
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from hydra.core.hydra_config import HydraConfig
 
 from upcycle.arch.targets import TARGETS
+from upcycle.convert.prepare import prepare
 from upcycle.dashboard.workspace import as_json, build_workspace, push
-from upcycle.files import write_text
-from upcycle.model_config import read_config
-from upcycle.moe_config import describe_moe
-from upcycle.prepare import prepare
-from upcycle.source import expanded
+from upcycle.files.durable import write_text
+from upcycle.models.config import read_config
+from upcycle.models.moe import describe_moe
+from upcycle.models.source import expanded
 from upcycle.sweep.command import sweep_name
 from upcycle.sweep.plan import arm_config, plan_sweep
 from upcycle.tracking.record import NOT_COMPARED, flat

@@ -15,7 +15,7 @@ from upcycle.dashboard.panels import SECTIONS
 from upcycle.dashboard.records import read_place
 from upcycle.dashboard.tables import provenance, run_rows, unit_of
 from upcycle.errors import ConfigError, OutputError
-from upcycle.files import write_text
+from upcycle.files.durable import write_text
 from upcycle.tracking.status import FINISHED
 
 if TYPE_CHECKING:

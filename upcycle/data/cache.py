@@ -22,7 +22,7 @@ import numpy as np
 
 from upcycle.checkpoint import sha256_file
 from upcycle.errors import OutputError
-from upcycle.json_files import parse_json
+from upcycle.files.json import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from upcycle.config import STRICT
 from upcycle.errors import ConfigError, near_misses
+from upcycle.options.config import STRICT
 
 # Kind of source -> the fields of a SourceConfig that say something about it.
 KINDS = {

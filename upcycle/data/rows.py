@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from upcycle.errors import SourceError
-from upcycle.json_files import NotJsonError, parse_json
+from upcycle.files.json import NotJsonError, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

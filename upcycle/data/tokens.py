@@ -15,7 +15,7 @@ import numpy as np
 
 from upcycle.data.cache import BOUNDS, TOKENS, TokenFile, cached_tokens
 from upcycle.errors import ConfigError, SourceError
-from upcycle.tokenizer import backend_state
+from upcycle.models.tokenizer import backend_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

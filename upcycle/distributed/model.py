@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from upcycle.distributed.quiet import only_errors
 from upcycle.errors import ConfigError, UpcycleError
 from upcycle.kernels.select import experts_modules
-from upcycle.quiet import only_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from upcycle.errors import OutputError, SourceError, UpcycleError
-from upcycle.files import output_errors
+from upcycle.files.durable import output_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

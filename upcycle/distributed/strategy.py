@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from upcycle.distributed.shards import MODEL, OPTIMIZER, REST, going_on, read_rest, reading, writing
-from upcycle.files import DRAFT_SUFFIX, replacing, sync_directory
+from upcycle.files.durable import DRAFT_SUFFIX, replacing, sync_directory
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from upcycle.data.corpus import build_corpus
-from upcycle.load import check_fits, load_checkpoint, load_tokenizer_from
-from upcycle.moe_config import describe_moe
+from upcycle.models.load import check_fits, load_checkpoint, load_tokenizer_from
+from upcycle.models.moe import describe_moe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from upcycle.data.config import DataConfig
     from upcycle.data.windows import Windows
-    from upcycle.moe_config import MoeDescription
+    from upcycle.models.moe import MoeDescription
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from upcycle.config import STRICT
 from upcycle.data.config import DataConfig  # noqa: TC001 (pydantic reads the annotations)
+from upcycle.options.config import STRICT
 
 
 @dataclass(frozen=True, kw_only=True)

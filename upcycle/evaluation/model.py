@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from upcycle.load import check_fits, load_checkpoint, load_dense, load_tokenizer, load_tokenizer_from
-from upcycle.source import expanded, open_source
+from upcycle.models.load import check_fits, load_checkpoint, load_dense, load_tokenizer, load_tokenizer_from
+from upcycle.models.source import expanded, open_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

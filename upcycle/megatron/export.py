@@ -13,21 +13,21 @@ from hydra.core.global_hydra import GlobalHydra
 from pydantic import TypeAdapter
 
 from upcycle.arch.targets import TARGETS
-from upcycle.arguments import CONF, quoted, typed_options
-from upcycle.auxiliary import auxiliary_files
 from upcycle.checkpoint import Staging
+from upcycle.convert.prepare import check_apart
 from upcycle.errors import ConfigError, SourceError
-from upcycle.manifest import read_manifest
 from upcycle.megatron.layout import choose
 from upcycle.megatron.recipe import Recipe, recipe_files, torn_groups
 from upcycle.megatron.support import check_model, check_tokenizer, check_training, check_type
-from upcycle.model_config import load_config, read_config
-from upcycle.moe_config import describe_config
+from upcycle.models.auxiliary import auxiliary_files
+from upcycle.models.config import load_config, read_config
+from upcycle.models.manifest import read_manifest
+from upcycle.models.moe import describe_config
+from upcycle.models.source import expanded
+from upcycle.options.arguments import CONF, quoted, typed_options
 from upcycle.parallel.config import WorkloadConfig
 from upcycle.parallel.gpu import checked_gpu
 from upcycle.parallel.sizes import checkpoint_sizes
-from upcycle.prepare import check_apart
-from upcycle.source import expanded
 from upcycle.tracking.record import MODEL, read_own_run
 from upcycle.train.config import ExportConfig, RecipeConfig, TrainConfig
 from upcycle.train.export import export, exported_config

@@ -16,7 +16,7 @@ from upcycle.routing.config import Schedule
 from upcycle.train.schedule import cosine_steps, in_steps
 
 if TYPE_CHECKING:
-    from upcycle.moe_config import MoeDescription
+    from upcycle.models.moe import MoeDescription
     from upcycle.parallel.gpu import Gpu
     from upcycle.parallel.step import Step
     from upcycle.train.config import TrainConfig

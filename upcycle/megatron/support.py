@@ -11,13 +11,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import ConfigError, SourceError
-from upcycle.load import load_tokenizer_from
+from upcycle.models.load import load_tokenizer_from
 from upcycle.routing.config import Schedule
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from upcycle.moe_config import MoeDescription
+    from upcycle.models.moe import MoeDescription
     from upcycle.train.config import TrainConfig
 
 BRIDGE, CORE, TRANSFORMERS = "0.6.2", "0.19.2", "5.12.1"

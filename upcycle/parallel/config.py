@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Discriminator, Tag
 
-from upcycle.config import STRICT, ConversionConfig
+from upcycle.options.config import STRICT, ConversionConfig
 from upcycle.parallel.gpu import Gpu, GpuFile
 
 

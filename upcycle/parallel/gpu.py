@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from upcycle.config import STRICT
 from upcycle.errors import ConfigError
+from upcycle.options.config import STRICT
 
 
 @dataclass(frozen=True, kw_only=True)

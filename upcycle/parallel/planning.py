@@ -13,8 +13,8 @@ from upcycle.parallel.search import Candidate, Request, candidate, search
 from upcycle.parallel.sizes import conversion_sizes
 
 if TYPE_CHECKING:
+    from upcycle.convert.prepare import Conversion
     from upcycle.parallel.config import PlanConfig
-    from upcycle.prepare import Conversion
 
 
 @dataclass(frozen=True, kw_only=True)

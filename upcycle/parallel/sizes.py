@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from upcycle.arch.backbone import QkNorm
-    from upcycle.moe_config import MoeDescription
-    from upcycle.prepare import Conversion
+    from upcycle.convert.prepare import Conversion
+    from upcycle.models.moe import MoeDescription
 
 WeightKind = Literal["dense", "shared", "expert"]
 

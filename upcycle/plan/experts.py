@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from upcycle.arch.family import DenseModel, Role
     from upcycle.arch.moe import MoeShape
-    from upcycle.config import InitConfig
+    from upcycle.options.config import InitConfig
     from upcycle.plan.scaling import LayerScaling
 
 

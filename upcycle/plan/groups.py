@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from upcycle.arch.moe import MoeShape
     from upcycle.arch.target import Target
-    from upcycle.config import InitConfig
+    from upcycle.options.config import InitConfig
 
 GROUPED_INITS = ("virtual_group", "drop", "noise")
 TOGETHER = ("tied", "whole", "positions")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from upcycle.arch.family import DenseModel, Role, Rows, Shape
     from upcycle.arch.moe import MoeShape
-    from upcycle.config import InitConfig
+    from upcycle.options.config import InitConfig
 
 SIGMOID_OF_ZERO = 0.5
 # Where a power law through the measured gaps (see DEFAULT_SPREAD) reaches the report's tolerance of 0.1 %.

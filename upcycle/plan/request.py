@@ -12,7 +12,7 @@ from upcycle.plan.groups import CHOICES, GROUPED_INITS, check_groups
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from upcycle.config import InitConfig, MoeConfig
+    from upcycle.options.config import InitConfig, MoeConfig
 
 ROUTER_ORDERS: tuple[RouterOrder, ...] = ("softmax_topk", "topk_softmax")
 SCALING_RULES = ("exact", "paper", "down", "calibrated", "none")

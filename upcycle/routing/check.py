@@ -9,7 +9,7 @@ from upcycle.plan.groups import check_divisible
 from upcycle.routing.config import Schedule
 
 if TYPE_CHECKING:
-    from upcycle.moe_config import MoeDescription
+    from upcycle.models.moe import MoeDescription
     from upcycle.routing.config import BalanceConfig, RouterConfig
 
 NAMES = {

@@ -9,7 +9,7 @@ from upcycle.routing.config import Schedule
 from upcycle.routing.selection import selection_changes
 
 if TYPE_CHECKING:
-    from upcycle.moe_config import MoeDescription
+    from upcycle.models.moe import MoeDescription
     from upcycle.routing.config import BalanceConfig, RouterConfig
 
 

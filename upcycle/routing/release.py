@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from upcycle.errors import ConfigError, TrainingError
-from upcycle.ratios import ratio
 from upcycle.routing.balance import sum_over_ranks
+from upcycle.routing.ratios import ratio
 
 if TYPE_CHECKING:
     from torch import nn

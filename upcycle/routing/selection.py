@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from upcycle.modeling.selection_upcycled_moe import ExpertSelection
 
 if TYPE_CHECKING:
-    from upcycle.moe_config import MoeDescription
+    from upcycle.models.moe import MoeDescription
     from upcycle.routing.config import RouterConfig
 
 # These take the softmax of the kept logits; the other types divide the kept probabilities by their sum, which is the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from upcycle.arguments import ARM, quoted
+from upcycle.options.arguments import ARM, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from upcycle.distributed.quiet import only_warnings
 from upcycle.distributed.ranks import Launch, layout_of
-from upcycle.quiet import only_warnings
-from upcycle.source import open_source
+from upcycle.models.source import open_source
 from upcycle.train.equip import equip
 from upcycle.train.models import check_layout, start_model
 from upcycle.train.run import check_batch, check_options

@@ -8,10 +8,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from upcycle.convert.prepare import free_bytes
 from upcycle.errors import ConfigError, OutputError
-from upcycle.files import write_text
-from upcycle.prepare import free_bytes
-from upcycle.source import expanded
+from upcycle.files.durable import write_text
+from upcycle.models.source import expanded
 from upcycle.sweep.agent import agent_config
 from upcycle.sweep.plan import SweepPlan, plan_sweep
 from upcycle.sweep.render import endings_table, plan_table, unfinished

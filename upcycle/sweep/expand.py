@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from upcycle.arguments import quoted
 from upcycle.errors import ConfigError
+from upcycle.options.arguments import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import RecordError
-from upcycle.files import locked, write_text
-from upcycle.json_files import NotJsonError, parse_json
+from upcycle.files.durable import locked, write_text
+from upcycle.files.json import NotJsonError, parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,10 +14,10 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from typing import IO, TYPE_CHECKING
 
-from upcycle.arguments import typed_options
 from upcycle.errors import SourceError, TrainingError
-from upcycle.files import flock
-from upcycle.source import expanded
+from upcycle.files.durable import flock
+from upcycle.models.source import expanded
+from upcycle.options.arguments import typed_options
 from upcycle.sweep.requeue import Requeue
 from upcycle.sweep.team import Team, submitted
 from upcycle.tracking.record import RUN, read_run

@@ -13,8 +13,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from upcycle.arguments import ARM, readable, typed_options
 from upcycle.errors import ConfigError, UpcycleError, near_misses
+from upcycle.options.arguments import ARM, readable, typed_options
 from upcycle.sweep.check import Estimate, estimate
 from upcycle.sweep.config import SweepConfig
 from upcycle.sweep.expand import Arm, expand

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from upcycle.render import duration
+from upcycle.convert.render import duration
 from upcycle.tracking.status import FINISHED, NOT_STARTED
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 
-from upcycle.arguments import quoted
 from upcycle.checkpoint.renames import check_renames
 from upcycle.errors import ConfigError
+from upcycle.options.arguments import quoted
 from upcycle.sweep.expand import literal
 from upcycle.sweep.index import write_index
 from upcycle.sweep.job import last_lines, run_job, status_of

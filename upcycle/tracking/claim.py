@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from upcycle.files import locked
+from upcycle.files.durable import locked
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

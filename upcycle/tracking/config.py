@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from upcycle.config import STRICT
+from upcycle.options.config import STRICT
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import ConfigError, OutputError, RecordError, SourceError
-from upcycle.files import output_errors, write_all, write_text
-from upcycle.json_files import parse_json, read_object
+from upcycle.files.durable import output_errors, write_all, write_text
+from upcycle.files.json import parse_json, read_object
 from upcycle.tracking.schema import SCHEMA_VERSION
 from upcycle.tracking.versions import upgraded
 

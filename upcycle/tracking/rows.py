@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 
 from upcycle.errors import RecordError
-from upcycle.files import replacing, write_all
-from upcycle.json_files import NotJsonError, parse_json
+from upcycle.files.durable import replacing, write_all
+from upcycle.files.json import NotJsonError, parse_json
 from upcycle.tracking.record import METRICS
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from upcycle.json_files import parse_json
-from upcycle.report import REPORT
+from upcycle.files.json import parse_json
+from upcycle.models.manifest import REPORT
 from upcycle.tracking.record import CHECKPOINTS, METRICS
 from upcycle.tracking.schema import METRICS as SCHEMA
 from upcycle.tracking.schema import metric

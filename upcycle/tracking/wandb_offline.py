@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import RecordError
-from upcycle.json_files import NotJsonError, parse_json
+from upcycle.files.json import NotJsonError, parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path

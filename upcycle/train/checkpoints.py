@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from upcycle.distributed.shards import BEST, LAST, going_on, other, read_rest, read_sharded, reading
 from upcycle.errors import ConfigError, OutputError, SourceError
-from upcycle.files import replacing, write_all
+from upcycle.files.durable import replacing, write_all
 
 if TYPE_CHECKING:
     from types import FrameType

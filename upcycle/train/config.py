@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from upcycle.config import STRICT, InitConfig, MoeConfig
 from upcycle.data.config import DataConfig
+from upcycle.options.config import STRICT, InitConfig, MoeConfig
 from upcycle.parallel.config import AnyGpu, AnyParallel, FoldingConfig
 from upcycle.routing.config import BalanceConfig, RouterConfig
 from upcycle.tracking.config import WandbConfig

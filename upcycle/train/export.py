@@ -12,19 +12,19 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from upcycle.arch.targets import TARGETS
-from upcycle.auxiliary import GENERATION_CONFIG
-from upcycle.beside import gathered
-from upcycle.card import trained_card
 from upcycle.checkpoint import Staging
+from upcycle.convert.beside import gathered
+from upcycle.convert.card import trained_card
+from upcycle.convert.prepare import check_apart
 from upcycle.errors import ConfigError, OutputError
-from upcycle.load import quietly
-from upcycle.manifest import FORMAT, MANIFEST
-from upcycle.model_config import load_config
-from upcycle.moe_config import describe_config, regrouped
-from upcycle.prepare import check_apart
+from upcycle.models.auxiliary import GENERATION_CONFIG
+from upcycle.models.config import load_config
+from upcycle.models.load import quietly
+from upcycle.models.manifest import FORMAT, MANIFEST
+from upcycle.models.moe import describe_config, regrouped
+from upcycle.models.source import expanded
 from upcycle.routing.export import export_fields
 from upcycle.routing.release import groups_at
-from upcycle.source import expanded
 from upcycle.tracking.record import CHECKPOINTS, MODEL, NOT_COMPARED, read_own_run
 from upcycle.train.checkpoints import exported_checkpoint
 from upcycle.train.config import ExportConfig, TrainConfig
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from upcycle.moe_config import MoeDescription
+    from upcycle.models.moe import MoeDescription
 
 PREFIX = "model."
 KEPT = ("train/loss", "val/loss", "train/tokens", "train/flops")

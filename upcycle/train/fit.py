@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import ProgressBar
 from torch.utils.data import DataLoader
 
 from upcycle.data.order import PositionSampler
+from upcycle.distributed.quiet import only_warnings
 from upcycle.distributed.strategy import ShardedStrategy
-from upcycle.quiet import only_warnings
 from upcycle.tracking.status import FINISHED, INTERRUPTED
 from upcycle.train.checkpoints import Checkpoints, checkpoint_io
 from upcycle.train.device import device_of

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from upcycle.moe_config import MoeDescription
+    from upcycle.models.moe import MoeDescription
 
 # One forward pass, and twice as much for the gradients of inputs and of weights.
 TRAINING_PASSES = 3

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from upcycle.distributed.ranks import Ranks
-    from upcycle.moe_config import MoeDescription
+    from upcycle.models.moe import MoeDescription
     from upcycle.tracking.record import Record
     from upcycle.train.similarity import Matrices
 

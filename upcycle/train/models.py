@@ -12,13 +12,17 @@ import torch
 from upcycle.arch.families import FAMILIES
 from upcycle.arch.targets import TARGETS
 from upcycle.checkpoint import hash_files
-from upcycle.config import ConvertConfig
-from upcycle.convert import output_config
+from upcycle.convert.manifest import manifest_json
+from upcycle.convert.materialise import Materialiser
+from upcycle.convert.prepare import prepare
+from upcycle.convert.run import output_config
+from upcycle.convert.slices import SlicedTensor, SliceMaterialiser
 from upcycle.data.bytes_tokenizer import byte_tokenizer
 from upcycle.distributed.model import check_units, laid_out, settle
 from upcycle.distributed.ranks import ALONE
 from upcycle.errors import ConfigError, did_you_mean
-from upcycle.load import (
+from upcycle.models.config import read_config
+from upcycle.models.load import (
     check_fits,
     from_pretrained,
     load_checkpoint,
@@ -27,24 +31,21 @@ from upcycle.load import (
     load_tokenizer_from,
     quietly,
 )
-from upcycle.manifest import manifest_json, read_manifest
-from upcycle.materialise import Materialiser
-from upcycle.model_config import read_config
-from upcycle.moe_config import MoeDescription, describe_config, describe_moe, regrouped
+from upcycle.models.manifest import read_manifest
+from upcycle.models.moe import MoeDescription, describe_config, describe_moe, regrouped
+from upcycle.models.source import expanded, open_source
+from upcycle.options.config import ConvertConfig
 from upcycle.parallel.rank_layout import check_experts, check_heads
-from upcycle.prepare import prepare
-from upcycle.slices import SlicedTensor, SliceMaterialiser
-from upcycle.source import expanded, open_source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from upcycle.convert.prepare import Conversion
     from upcycle.distributed.ranks import Ranks
+    from upcycle.models.source import DenseSource
     from upcycle.parallel.rank_layout import RankLayout
-    from upcycle.prepare import Conversion
-    from upcycle.source import DenseSource
     from upcycle.train.config import TrainConfig
 
 BYTES = "bytes"

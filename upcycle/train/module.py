@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from upcycle.distributed.ranks import Ranks
-    from upcycle.moe_config import MoeDescription
+    from upcycle.models.moe import MoeDescription
     from upcycle.routing.install import Routing
     from upcycle.train.config import TrainConfig
 

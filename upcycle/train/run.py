@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from upcycle.beside import gathered
 from upcycle.checkpoint import hash_files, open_reader
 from upcycle.checkpoint.renames import check_renames
+from upcycle.convert.beside import gathered
 from upcycle.data.corpus import build_corpus
 from upcycle.data.order import order_hash
 from upcycle.distributed.failure import shared_failure
 from upcycle.distributed.ranks import Ranks, join_ranks
 from upcycle.distributed.shards import LAST
 from upcycle.errors import ConfigError
-from upcycle.files import output_errors
-from upcycle.load import load_dense
-from upcycle.source import expanded
+from upcycle.files.durable import output_errors
+from upcycle.models.load import load_dense
+from upcycle.models.source import expanded
 from upcycle.tracking.claim import claimed
 from upcycle.tracking.record import CHECKPOINTS, MODEL, Record, Spectator
 from upcycle.tracking.rows import keep_columns
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback
     from transformers import PreTrainedModel
 
-    from upcycle.beside import Beside
+    from upcycle.convert.beside import Beside
     from upcycle.train.config import TrainConfig
     from upcycle.train.equip import Equipment
 

@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from upcycle.materialise import Materialiser
+from upcycle.convert.materialise import Materialiser
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import nn
 
-    from upcycle.moe_config import MoeDescription
-    from upcycle.prepare import Conversion
+    from upcycle.convert.prepare import Conversion
+    from upcycle.models.moe import MoeDescription
 
 Matrices = dict[str, Tensor]
 

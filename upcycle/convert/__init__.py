@@ -1,0 +1,1 @@
+"""A plan becomes files: the one path from options to bytes."""

@@ -1,0 +1,148 @@
+"""The plan for people (rich tables) and for programs (JSON)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from upcycle.checkpoint import dtype_bytes
+from upcycle.plan.plan import Plan, plan_dict
+
+if TYPE_CHECKING:
+    from upcycle.arch.moe import MoeShape
+    from upcycle.convert.prepare import Conversion
+    from upcycle.plan.effort import Effort
+
+
+def plan_json(conversion: Conversion) -> dict[str, Any]:
+    """Everything that the table says and every tensor's provenance."""
+    source = conversion.source
+    return {
+        "source": {"given": source.given, "model_type": source.model.family.model_type},
+        **plan_dict(conversion.plan),
+        "cost": asdict(conversion.cost),
+        "effort": asdict(conversion.effort),
+        "disk_free": conversion.free,
+        "files": {shard.file: shard.nbytes for shard in conversion.shards},
+        "fingerprint": conversion.plan.fingerprint(),
+    }
+
+
+def plan_table(conversion: Conversion) -> RenderableType:
+    """Summary, layers, and what the user should know."""
+    return Group(_summary(conversion), _layers(conversion), *_remarks(conversion.plan))
+
+
+def _summary(conversion: Conversion) -> Table:
+    plan, cost, effort, model = conversion.plan, conversion.cost, conversion.effort, conversion.source.model
+    table = Table(box=box.SIMPLE, show_header=False, title=f"{conversion.source.path.name} -> {plan.moe.name}")
+    moe = plan.moe
+    layers = f"{len(moe.layers)} of {model.layers} layers"
+    width = model.ffn_width // moe.granularity
+    flops = cost.flops_per_token / cost.dense_flops_per_token
+    rows = [
+        ("target", plan.target),
+        ("experts", f"{moe.experts} of width {width}, {moe.top_k} active, {moe.shared_experts} shared; {layers}"),
+        ("router", f"{moe.router_order}, std {plan.router_std:g}{_groups(moe)}"),
+        ("init", f"{plan.init.name}, scaling {plan.init.scaling}"),
+        ("step 0", "lossless" if not plan.losses else "not lossless"),
+        ("parameters", f"{cost.parameters:,} ({cost.active_parameters:,} active); dense {cost.dense_parameters:,}"),
+        ("FLOPs per token", f"{cost.flops_per_token:,} in matrix products forward, {flops:.3f} x dense"),
+        ("to write", f"{cost.bytes_to_write / 1e9:.3f} GB in {_count(len(conversion.shards), 'file')}"),
+        ("disk free", f"{conversion.free / 1e9:.1f} GB"),
+        ("peak memory", f"at most {effort.peak_memory / 1e9:.2f} GB anonymous, {_count(effort.workers, 'worker')}"),
+        ("time", f"about {duration(effort.estimated_seconds)} on one machine, an extrapolation: {_origin(effort)}"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _groups(moe: MoeShape) -> str:
+    return f", groups {moe.groups}" if moe.granularity > 1 else ""
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a person."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:,.1f} h"
+
+
+def _origin(effort: Effort) -> str:
+    rate = effort.extrapolated_from
+    return f"{rate.bytes_per_second / 1e9:.3f} GB/s per worker, measured on {rate.machine}, {rate.date}"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def _layers(conversion: Conversion) -> Table:
+    plan = conversion.plan
+    table = Table(box=box.SIMPLE, title="layers")
+    for column in ("layers", "kind", "tensors", "MB per layer", "gate x", "up x", "down x", "output x"):
+        table.add_column(column, justify="left" if column in ("layers", "kind") else "right")
+    for indices, cells in _runs(conversion):
+        name = str(indices[0]) if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
+        table.add_row(name, *cells)
+    outside = [tensor for tensor in plan.tensors if _layer_of(conversion, tensor.name) is None]
+    table.add_row("outside", "embeddings, head, norm", str(len(outside)), _megabytes(outside), "", "", "", "")
+    return table
+
+
+def _runs(conversion: Conversion) -> list[tuple[list[int], tuple[str, ...]]]:
+    """Neighbouring layers with the same row, together."""
+    by_layer: dict[int, list[Any]] = {layer: [] for layer in range(conversion.source.model.layers)}
+    for tensor in conversion.plan.tensors:
+        layer = _layer_of(conversion, tensor.name)
+        if layer is not None:
+            by_layer[layer].append(tensor)
+    runs: list[tuple[list[int], tuple[str, ...]]] = []
+    for layer, tensors in by_layer.items():
+        cells = (*_kind(conversion, layer, tensors), *_factors(conversion.plan, layer))
+        if runs and runs[-1][1] == cells:
+            runs[-1][0].append(layer)
+        else:
+            runs.append(([layer], cells))
+    return runs
+
+
+def _kind(conversion: Conversion, layer: int, tensors: list[Any]) -> tuple[str, str, str]:
+    shared = " + shared" if conversion.plan.moe.shared_experts else ""
+    kind = "MoE" + shared if layer in conversion.plan.scaling else "dense FFN"
+    return kind, str(len(tensors)), _megabytes(tensors)
+
+
+def _factors(plan: Plan, layer: int) -> tuple[str, ...]:
+    if layer not in plan.scaling:
+        return ("", "", "", "")
+    scaling = plan.scaling[layer]
+    matrices = (f"{scaling.matrix[role]:g}" if role in scaling.matrix else "-" for role in ("gate", "up", "down"))
+    return (*matrices, f"{scaling.output:g}")
+
+
+def _layer_of(conversion: Conversion, name: str) -> int | None:
+    before, after = conversion.source.model.family.layer.split("{layer}")
+    _, found, rest = name.partition(before)
+    return int(rest.split(after)[0]) if found else None
+
+
+def _megabytes(tensors: list[Any]) -> str:
+    return f"{sum(math.prod(t.shape) * dtype_bytes(t.dtype) for t in tensors) / 1e6:.1f}"
+
+
+def _remarks(plan: Plan) -> list[Text]:
+    lines = [f"why {plan.target}: {plan.why[0]}", *(f"  not {reason}" for reason in plan.why[1:])]
+    lines += [f"step 0 differs: {reason}" for reason in plan.losses]
+    lines += [f"note: {note}" for note in plan.notes]
+    lines += [f"dropped: {name} ({reason})" for name, reason in list(plan.dropped.items())[:5]]
+    return [Text(line) for line in lines]

@@ -1,0 +1,116 @@
+"""Evaluates a model: losses on held-out text by domain, and tasks of the lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from upcycle.data.corpus import build_corpus
+from upcycle.errors import ConfigError
+from upcycle.evaluation.harness import Harness
+from upcycle.evaluation.losses import domain_losses, perplexity
+from upcycle.evaluation.model import load_model
+from upcycle.files.durable import write_text
+from upcycle.files.json import json_text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from upcycle.evaluation.config import EvaluateConfig
+
+TOKENS_AT_ONCE = 2048
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Measure a model in float32.
+
+    Args:
+        config: the options.
+
+    Returns:
+        Plain data: by domain, `loss` in nats per token, `perplexity`, `nats_per_byte` and the `tokens` predicted; and
+        the tasks' metrics.
+
+    Raises:
+        UpcycleError: a model, data or a task that cannot be used.
+    """
+    if config.data.held_out == 0:
+        raise ConfigError(
+            "nothing is held out to evaluate on", found="data.held_out=0", remedy="hold out some documents"
+        )
+    harness = Harness(config.tasks) if config.tasks else None
+    model, tokenizer, length = load_model(config.model, sequence_length=config.sequence_length)
+    return {
+        "model": config.model,
+        "model_type": model.config.model_type,
+        "parameters": model.num_parameters(),
+        "dtype": "float32",
+        "device": model.device.type,
+        "sequence_length": length,
+        **_held_out(config, model, tokenizer, length),
+        "tasks": harness.run(model, tokenizer, max_length=length) if harness else [],
+    }
+
+
+def _held_out(
+    config: EvaluateConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int
+) -> dict[str, Any]:
+    if config.tokens is not None and config.tokens < length:
+        raise ConfigError(
+            "tokens do not fill one window",
+            found=config.tokens,
+            expected=f"at least sequence_length, {length}",
+            remedy="raise tokens or lower sequence_length",
+        )
+    corpus = build_corpus(config.data, tokenizer, sequence_length=length)
+    losses = domain_losses(
+        model,
+        corpus.held_out,
+        batch_size=max(1, TOKENS_AT_ONCE // length),
+        windows=config.tokens and config.tokens // length,
+    )
+    domains = {
+        name: {
+            "loss": loss,
+            "perplexity": perplexity(loss),
+            "nats_per_byte": loss / corpus.bytes_per_token[name],
+            "tokens": tokens,
+        }
+        for name, (loss, tokens) in losses.items()
+    }
+    return {"data": {"name": config.data.name, "hash": corpus.hash}, "domains": domains}
+
+
+def write_evaluation(found: Mapping[str, Any], output: str) -> None:
+    """Write the evaluation as JSON; the file appears complete or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    write_text(Path(output).expanduser(), json_text(found, indent=2) + "\n")
+
+
+def evaluation_table(found: Mapping[str, Any]) -> RenderableType:
+    """The evaluation for people."""
+    title = f"{found['model']} ({found['model_type']}, {found['parameters']:,} parameters)"
+    domains = Table(box=box.SIMPLE, title=f"{title}: held-out text, windows of {found['sequence_length']}")
+    for column in ("domain", "nats per token", "perplexity", "nats per byte", "tokens"):
+        domains.add_column(column, justify="left" if column == "domain" else "right")
+    for name, row in found["domains"].items():
+        cells = (f"{row['loss']:.5f}", f"{row['perplexity']:.3f}", f"{row['nats_per_byte']:.5f}", f"{row['tokens']:,}")
+        domains.add_row(name, *cells)
+    if not found["tasks"]:
+        return domains
+    tasks = Table(box=box.SIMPLE, title="tasks of the lm-evaluation-harness")
+    for column in ("task", "metric", "value", "standard error"):
+        tasks.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for row in found["tasks"]:
+        stderr = "-" if row["stderr"] is None else f"{row['stderr']:.4f}"
+        tasks.add_row(row["task"], row["metric"], f"{row['value']:.4f}", stderr)
+    return Group(domains, tasks)

@@ -1,0 +1,1 @@
+"""What a model on disk is: its config, its tensors, what kind of MoE; and loading it."""

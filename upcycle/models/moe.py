@@ -1,0 +1,119 @@
+"""Reads what a MoE checkpoint is from its config.json and manifest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from upcycle.arch.families import FAMILIES
+from upcycle.arch.targets import TARGETS
+from upcycle.errors import SourceError
+from upcycle.models.config import load_config, read_config
+from upcycle.models.manifest import read_manifest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from upcycle.arch.target import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeDescription:
+    """A MoE checkpoint.
+
+    Attributes:
+        target: its type.
+        layer_path: prefix of a layer's modules and tensors, with `{layer}` left open.
+        layer_count: number of layers, MoE or not.
+        layers: indices of the MoE layers.
+        experts, top_k, expert_width, shared_width: sizes.
+        granularity: G, experts per virtual group; 1 where nothing says otherwise.
+        groups: how experts of virtual groups are chosen, as `ExpertSelection` says; free where nothing says otherwise.
+        router_order: softmax_topk or topk_softmax.
+        gated: whether the experts have a gate.
+        hidden_size, vocabulary: sizes.
+    """
+
+    target: Target
+    layer_path: str
+    layer_count: int
+    layers: tuple[int, ...]
+    experts: int
+    top_k: int
+    expert_width: int
+    shared_width: int
+    granularity: int
+    groups: str
+    router_order: str
+    gated: bool
+    hidden_size: int
+    vocabulary: int
+
+    @property
+    def model_type(self) -> str:
+        return self.target.model_type
+
+    @property
+    def name(self) -> str:
+        shared = f"S{self.shared_width // self.expert_width}" if self.shared_width else ""
+        return f"E{self.experts // self.granularity}G{self.granularity}T{self.top_k}{shared}"
+
+    def block_paths(self, layer: int) -> list[str]:
+        """Modules in memory whose outputs together are the MoE block's."""
+        return [self.layer_path.format(layer=layer) + name for name in self.target.blocks]
+
+    def router_path(self, layer: int) -> str:
+        return self.layer_path.format(layer=layer) + self.target.router_module
+
+    def experts_path(self, layer: int) -> str:
+        return self.router_path(layer).rpartition(".")[0] + ".experts"
+
+
+def regrouped(moe: MoeDescription, groups: str) -> MoeDescription:
+    """A MoE whose experts are chosen in another way; auto leaves it as it is."""
+    return moe if groups == "auto" else replace(moe, groups=groups)
+
+
+def describe_moe(directory: Path) -> MoeDescription:
+    """Describe a MoE checkpoint.
+
+    Raises:
+        SourceError: no checkpoint there, one that cannot be read, or not a MoE type that upcycle knows.
+    """
+    raw = read_config(directory)
+    target = TARGETS.get(raw.get("model_type"))
+    if target is None:
+        raise SourceError(
+            "not a mixture of experts that upcycle knows",
+            found=f"model_type={raw.get('model_type')}",
+            expected=", ".join(TARGETS),
+        )
+    return describe_config(target, load_config(directory), read_manifest(directory))
+
+
+def describe_config(target: Target, config: Any, manifest: dict[str, Any] | None) -> MoeDescription:
+    """Describe a MoE from its transformers configuration."""
+    generic, text = target.generic, config.get_text_config()
+    layers = text.num_hidden_layers
+    dense = set(getattr(config, "mlp_only_layers", None) or ())
+    step = getattr(config, "decoder_sparse_step", 1)
+    sparse = [layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0]
+    family = FAMILIES[text.model_type] if generic else None
+    shared = ("shared_expert_intermediate_size", "shared_intermediate_size")
+    renormalised = getattr(config, "norm_topk_prob", "softmax_topk" not in target.router_orders)
+    return MoeDescription(
+        target=target,
+        layer_path=target.layout.prefix + (family.layer if family else "model.layers.{layer}."),
+        layer_count=layers,
+        layers=tuple(config.moe_layers if generic else sparse),
+        experts=getattr(config, "num_experts", None) or config.num_local_experts,
+        top_k=config.num_experts_per_tok,
+        expert_width=getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
+        shared_width=next((getattr(config, name) for name in shared if hasattr(config, name)), 0),
+        granularity=config.granularity if generic else manifest["moe"]["granularity"] if manifest else 1,
+        groups=config.groups if generic else (manifest or {}).get("moe", {}).get("groups", "free"),
+        router_order=config.router_order if generic else ("topk_softmax" if renormalised else "softmax_topk"),
+        gated=config.gated if generic else True,
+        hidden_size=text.hidden_size,
+        vocabulary=text.vocab_size,
+    )

@@ -78,6 +78,8 @@ class Target:
         layout: the names on disk.
         blocks: modules of a layer in memory whose outputs together replace the FFN's.
         router_module: the router's module in memory, inside the layer.
+        indices_first_before: the transformers since which its router returns (logits, weights, indices), as all others
+            do; before it was (indices, weights, logits).
         fields: the fields of config.json that are the type's own.
     """
 
@@ -95,6 +97,7 @@ class Target:
     layout: Layout
     blocks: tuple[str, ...] = ("mlp",)
     router_module: str = "mlp.gate"
+    indices_first_before: tuple[int, int] | None = None
     fields: Callable[[DenseModel, MoeShape], dict[str, Any]]
 
     def objections(self, model: DenseModel, moe: MoeShape) -> tuple[Objection, ...]:

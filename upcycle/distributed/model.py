@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from upcycle.distributed.quiet import only_errors
 from upcycle.errors import ConfigError, UpcycleError
 from upcycle.kernels.select import experts_modules
+from upcycle.models.transformers_version import LAYS_OUT, installed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,11 +29,19 @@ def laid_out(layout: RankLayout) -> Iterator[dict[str, Any]]:
     experts that are elsewhere.
 
     Raises:
-        ConfigError: the model's type has no plan for the layout.
+        ConfigError: the model's type has no plan for the layout, or transformers is too old to have any.
     """
     if layout.ranks == 1:
         yield {}
         return
+    if installed() < LAYS_OUT:
+        needed = ".".join(map(str, LAYS_OUT))
+        raise ConfigError(
+            "training over several ranks needs a newer transformers",
+            found=version("transformers"),
+            expected=f"{needed} or later",
+            remedy=f"pip install 'transformers>={needed}', or train in one process",
+        )
     from transformers.distributed.configuration_utils import DistributedConfig
 
     config = DistributedConfig(

@@ -89,7 +89,7 @@ def read(
     chosen: dict[int, list[Tensor]] = {layer: [] for layer in moe.layers}
 
     def note(layer: int) -> Any:
-        return lambda _module, _inputs, output: chosen[layer].append(output[2])  # logits, weights, indices
+        return lambda _module, _inputs, output: chosen[layer].append(moe.chosen(output))
 
     hooks = [model.get_submodule(moe.router_path(layer)).register_forward_hook(note(layer)) for layer in moe.layers]
     tokens: list[Tensor] = []

@@ -38,9 +38,8 @@ def layout_objection(
     experts: nn.Module, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> ConfigError | None:
     """Why none of our kernels can serve an experts module, whatever the device and dtype."""
-    strange = [
-        name for name in ("is_transposed", "has_post_expert_norm", "_is_expert_parallel") if getattr(experts, name)
-    ]
+    known = ("is_transposed", "has_post_expert_norm", "_is_expert_parallel")
+    strange = [name for name in known if getattr(experts, name, False)]  # older transformers have not all of them
     if not strange:
         return None
     return ConfigError(

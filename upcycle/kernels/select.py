@@ -76,7 +76,7 @@ def install_kernel(model: PreTrainedModel, name: str, *, device: torch.device, d
 
 def experts_modules(model: nn.Module) -> list[Any]:
     """The modules that transformers' `use_experts_implementation` made."""
-    return [module for module in model.modules() if hasattr(module, "_is_expert_parallel")]
+    return [module for module in model.modules() if hasattr(module, "_apply_gate")]
 
 
 def _automatic(layers: list[Any], device: torch.device, dtype: torch.dtype) -> Choice:

@@ -47,6 +47,7 @@ class UpcycledMoeConfig(PreTrainedConfig):
 
     model_type = "upcycled_moe"
     sub_configs = {"text_config": AutoConfig}
+    has_no_defaults_at_init = True  # until 5.20 transformers made one without arguments, unless told
     _auto_class = "AutoConfig"
     base_model_fsdp_plan = {}  # the dense model's, which this one contains, is its own
 

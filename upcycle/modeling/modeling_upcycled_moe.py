@@ -16,13 +16,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
 from transformers.integrations.moe import use_experts_implementation
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple, maybe_autocast
 
 from .configuration_upcycled_moe import UpcycledMoeConfig
 from .selection_upcycled_moe import BiasedRouter, ExpertSelection, select_experts
+
+# What transformers calls the cache, which goes in among a forward's other arguments: `past_key_values` until 5.24.
+CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class UpcycledMoeRouter(BiasedRouter):
@@ -227,7 +229,6 @@ class UpcycledMoeForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -248,7 +249,6 @@ class UpcycledMoeForCausalLM(PreTrainedModel, GenerationMixin):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 labels=labels,
                 use_cache=use_cache,
@@ -265,7 +265,7 @@ class UpcycledMoeForCausalLM(PreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=aux_loss,
             logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=tuple(router_logits) if router_logits else None,  # type: ignore[arg-type]

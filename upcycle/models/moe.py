@@ -10,9 +10,12 @@ from upcycle.arch.targets import TARGETS
 from upcycle.errors import SourceError
 from upcycle.models.config import load_config, read_config
 from upcycle.models.manifest import read_manifest
+from upcycle.models.transformers_version import installed
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from torch import Tensor
 
     from upcycle.arch.target import Target
 
@@ -64,6 +67,16 @@ class MoeDescription:
 
     def router_path(self, layer: int) -> str:
         return self.layer_path.format(layer=layer) + self.target.router_module
+
+    @property
+    def indices_first(self) -> bool:
+        """Whether its router returns (indices, weights, logits), and not (logits, weights, indices)."""
+        before = self.target.indices_first_before
+        return before is not None and installed() < before
+
+    def chosen(self, output: tuple[Tensor, ...]) -> Tensor:
+        """The indices of the chosen experts [T, K] in what its router returned."""
+        return output[0 if self.indices_first else 2]
 
     def experts_path(self, layer: int) -> str:
         return self.router_path(layer).rpartition(".")[0] + ".experts"

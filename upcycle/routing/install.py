@@ -215,4 +215,5 @@ def _replacement(native: nn.Module, moe: MoeDescription, router: RouterConfig, b
     if bias_N is None and balance.bias_update != 0:
         bias_N = torch.zeros(len(weight), dtype=torch.float32, device=weight.device)
     selection = replace(stored, **selection_changes(moe, router))
-    return Router(native, selection, router, bias_N=bias_N).train(native.training)
+    made = Router(native, selection, router, bias_N=bias_N, indices_first=moe.indices_first)
+    return made.train(native.training)

@@ -45,6 +45,7 @@ class Router(BiasedRouter):
         selection: see below.
         options: the options.
         bias_N: see `e_score_correction_bias`.
+        indices_first: whether the block around it takes (indices, weights, logits).
 
     Attributes:
         weight: the native router's own parameter, [N, H].
@@ -70,11 +71,12 @@ class Router(BiasedRouter):
         options: RouterConfig,
         *,
         bias_N: Tensor | None,
+        indices_first: bool = False,
     ) -> None:
         super().__init__()
         self._parameters = native._parameters  # and no copy of it: FSDP2 exchanges what is in it
         self.register_buffer("e_score_correction_bias", bias_N)
-        self.selection, self.options = selection, options
+        self.selection, self.options, self._indices_first = selection, options, indices_first
         self.ahead: ExpertSelection | None = None
         self.masses: Tensor | None = None
         self.forwarded: Forward | None = None
@@ -86,8 +88,9 @@ class Router(BiasedRouter):
         """Route the tokens of x [..., H].
 
         Returns:
-            float32 logits [T, N] without noise, weights [T, K] in the input's dtype, expert indices [T, K]. What is
-            dropped for capacity, and padding of expert choice, keeps an index and has weight 0.
+            float32 logits [T, N] without noise, weights [T, K] in the input's dtype, expert indices [T, K], or the
+            same from the last to the first. What is dropped for capacity, and padding of expert choice, keeps an index
+            and has weight 0.
         """
         x_TH = x.reshape(-1, x.shape[-1])
         with maybe_autocast(device_type=x.device.type, enabled=False):
@@ -100,7 +103,8 @@ class Router(BiasedRouter):
                 self._record(logits_TN, index_TK, chosen_TK, kept_TK)
                 if self.ahead:
                     self._look_ahead(noisy_TN, weights_TK)
-        return logits_TN, weights_TK.to(x.dtype), index_TK
+        weights_TK = weights_TK.to(x.dtype)
+        return (index_TK, weights_TK, logits_TN) if self._indices_first else (logits_TN, weights_TK, index_TK)
 
     @property
     def tied(self) -> bool:

@@ -107,7 +107,7 @@ def _measure(
     with _compare_ffns(ffn_modules(dense, ffn_path, moe.layers), blocks, sums):
         dense_logits = dense(input_ids=ids).logits[0, :-1]
     routers = {layer: reduce(getattr, moe.router_path(layer).split("."), model) for layer in moe.layers}
-    with _count_whole(routers, moe.granularity, sums):
+    with _count_whole(routers, moe, sums):
         moe_logits = model(input_ids=ids).logits[0, :-1]
     for rows in range(0, len(dense_logits), ROWS_AT_ONCE):
         part = slice(rows, rows + ROWS_AT_ONCE)
@@ -144,10 +144,10 @@ def _compare_ffns(ffns: Mapping[int, nn.Module], blocks: Mapping[int, list[nn.Mo
 
 
 @contextmanager
-def _count_whole(routers: Mapping[int, nn.Module], granularity: int, sums: Sums) -> Iterator[None]:
+def _count_whole(routers: Mapping[int, nn.Module], moe: MoeDescription, sums: Sums) -> Iterator[None]:
     def watch(layer: int) -> Any:
         def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-            whole = whole_ffns(output[2], granularity)
+            whole = whole_ffns(moe.chosen(output), moe.granularity)
             sums.whole[layer] = sums.whole.get(layer, 0) + int(whole.sum())
             sums.routed[layer] = sums.routed.get(layer, 0) + len(whole)
 

@@ -43,5 +43,6 @@ TARGET = Target(
     ),
     blocks=("block_sparse_moe", "shared_mlp"),
     router_module="block_sparse_moe.router",
+    indices_first_before=(5, 21),
     fields=fields,
 )

@@ -49,7 +49,7 @@ class Outcome:
 
 def command(*arguments: object) -> list[str]:
     """Command line of `upcycle ARGUMENT …` with this interpreter."""
-    return [sys.executable, "-c", "from upcycle.cli.app import main; main()", *map(str, arguments)]
+    return [sys.executable, "-c", "from upcycle.cli import main; main()", *map(str, arguments)]
 
 
 def process(*arguments: object, cwd: Path, **environment: str) -> Outcome:

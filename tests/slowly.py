@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 LISTENING = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from upcycle.cli.app import main
+from upcycle.cli import main
 main()
 """
 # Its sitecustomize.py runs in the workers too.

@@ -27,7 +27,7 @@ ROOMS = {
     "upcycle.plan.cost": ("torch", "transformers", "upcycle.checkpoint", "upcycle.init", "upcycle.models.source"),
     "upcycle.init.experts": ("transformers", "upcycle.plan", "upcycle.arch", "upcycle.checkpoint"),
     "upcycle.checkpoint": ("transformers", "gguf", "upcycle.plan", "upcycle.arch", "upcycle.init"),
-    "upcycle.files.durable": ("torch", "transformers", "upcycle.checkpoint"),
+    "upcycle.files": ("torch", "transformers", "upcycle.checkpoint"),
     "upcycle.tracking.record": ("torch", "transformers", "upcycle.checkpoint", "upcycle.train"),
     "upcycle.analysis": ("torch", "transformers", "upcycle.checkpoint", "upcycle.train"),
     "upcycle.modeling": ("torch", "transformers"),
@@ -39,7 +39,7 @@ ROOMS = {
         "upcycle.models.source",
         "upcycle.train",
     ),
-    "upcycle.cli.app": ("torch", "transformers"),
+    "upcycle.cli": ("torch", "transformers"),
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from cli import SHARD, SMALL, Outcome
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from upcycle.cli.app import main
+from upcycle.cli import main
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -53,6 +53,10 @@ class TrainingError(UpcycleError):
     """Training cannot go on."""
 
 
+class MissingPackageError(UpcycleError, ImportError):
+    """What was asked for needs a package that is not installed."""
+
+
 class RecordError(UpcycleError):
     """The records of runs cannot be read, or do not answer the question."""
 

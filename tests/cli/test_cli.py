@@ -296,7 +296,7 @@ def test_completion_in_bash(tmp_path):
     executables = tmp_path / "bin"
     executables.mkdir()
     program = executables / "upcycle"
-    program.write_text(f"#!{sys.executable}\nfrom upcycle.cli.app import main\nmain()\n")
+    program.write_text(f"#!{sys.executable}\nfrom upcycle.cli import main\nmain()\n")
     program.chmod(0o755)
     ended = subprocess.run(
         ["bash", "-c", script],
@@ -331,7 +331,7 @@ def test_as_a_process(tiny_llama, tmp_path):
 @pytest.mark.slow
 def test_a_reader_that_stops_reading(tiny_llama, tmp_path):
     script = (
-        f'"{sys.executable}" -c "from upcycle.cli.app import main; main()" plan "source={tiny_llama}" format=json | head -1'
+        f'"{sys.executable}" -c "from upcycle.cli import main; main()" plan "source={tiny_llama}" format=json | head -1'
     )
     ended = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
     assert ended.stdout == "{\n"
@@ -349,7 +349,7 @@ def test_a_bug_is_traced_on_request(monkeypatch, work):
 def test_starting_does_not_import_torch(tmp_path):
     """`--help` and completion answer at once."""
     probe = (
-        "import sys; from upcycle.cli.app import main; sys.argv[1:] = ['--help']; main(); assert 'torch' not in sys.modules"
+        "import sys; from upcycle.cli import main; sys.argv[1:] = ['--help']; main(); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, timeout=60, check=True, stdout=subprocess.DEVNULL)
 

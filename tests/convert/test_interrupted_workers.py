@@ -22,7 +22,7 @@ SECONDS_TO_END = 30
 LIMITED = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY))
-from upcycle.cli.app import main
+from upcycle.cli import main
 main()
 """
 

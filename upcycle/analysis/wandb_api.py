@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from upcycle.analysis.run_record import RunRecord
 from upcycle.analysis.wandb_history import record_rows
 from upcycle.errors import RecordError
+from upcycle.options.extras import need
 
 if TYPE_CHECKING:
     from wandb.apis.public import Run
@@ -21,8 +22,10 @@ def read_server(place: str) -> list[RunRecord]:
         place: `wandb:ENTITY/PROJECT` or `wandb:ENTITY/PROJECT/GROUP`.
 
     Raises:
+        MissingPackageError: wandb is not installed.
         RecordError: not such a place, or the server has no runs there, does not know it or does not answer.
     """
+    need(f"reading {SCHEME}…", "wandb")
     parts = place.removeprefix(SCHEME).split("/", 2)
     if len(parts) < 2 or not all(parts):
         raise RecordError(

@@ -22,6 +22,7 @@ from upcycle.checkpoint.gguf_meaning import configuration, honoured
 from upcycle.checkpoint.gguf_rope import ROPE_TENSORS
 from upcycle.checkpoint.tensors import TensorInfo
 from upcycle.errors import SourceError
+from upcycle.options.extras import need
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +43,7 @@ class GgufReader:
         path: the `.gguf` file.
 
     Raises:
+        MissingPackageError: gguf is not installed.
         SourceError: the file is damaged, its architecture is unknown to transformers' GGUF tables or is not a dense
             causal language model, tensors of the model are missing from it, or it has a key or tensor that the model
             would not compute with.
@@ -51,6 +53,7 @@ class GgufReader:
 
     def __init__(self, path: Path) -> None:
         self.files = (path,)
+        need("a GGUF file", "gguf")
         with _reporting_damage(path):
             from gguf import GGUFReader
 
@@ -125,6 +128,7 @@ def gguf_config(path: Path) -> dict[str, Any]:
     tensors that this room reads are dequantised.
 
     Raises:
+        MissingPackageError: gguf is not installed.
         SourceError: the file is damaged, its architecture is unknown, or it says what such a model does not compute.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -165,6 +169,7 @@ def write_gguf_tokenizer(path: Path, directory: Path) -> tuple[str, ...]:
 
 def _parsed_config(path: Path) -> tuple[str, dict[str, Any]]:
     """Return the GGUF architecture name and the fields of the Hugging Face configuration that the metadata means."""
+    need("a GGUF file", "gguf")
     with _reporting_damage(path):
         status = path.stat()
     return _parse(path, status.st_size, status.st_mtime_ns)

@@ -36,7 +36,8 @@ def dashboard(composed: DictConfig) -> int:
     """`upcycle dashboard`: the workspace as JSON, or the URL that it has at W&B.
 
     Raises:
-        ConfigError: no sweep, one that is not valid, or wandb-workspaces is not installed.
+        ConfigError: no sweep, or one that is not valid.
+        MissingPackageError: wandb-workspaces is not installed.
         RecordError: the server did not take it.
     """
     name = sweep_name()

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +13,9 @@ from upcycle.dashboard.findings import CONFIDENCE, SMALLEST_PERCENT, choose_base
 from upcycle.dashboard.panels import SECTIONS
 from upcycle.dashboard.records import read_place
 from upcycle.dashboard.tables import provenance, run_rows, unit_of
-from upcycle.errors import ConfigError, OutputError
+from upcycle.errors import OutputError
 from upcycle.files.durable import write_text
+from upcycle.options.extras import need
 from upcycle.tracking.status import FINISHED
 
 if TYPE_CHECKING:
@@ -63,12 +63,12 @@ def write_report(config: ReportConfig) -> Path:
         The file.
 
     Raises:
-        ConfigError: plotly is not installed, or nothing names the arms.
+        ConfigError: nothing names the arms.
+        MissingPackageError: plotly or jinja2 is not installed.
         RecordError: no runs, an unknown sweep, arm or metric, or damaged records.
         OutputError: the file cannot be written.
     """
-    if not find_spec("plotly"):
-        raise ConfigError("plotly is not installed", remedy="pip install 'upcycle[dashboard]'")
+    need("the report", "plotly", "jinja2")
     runs = Path(config.runs).expanduser()
     output = Path(config.output).expanduser() if config.output else runs / DEFAULT_NAME
     if output.is_dir():

@@ -8,11 +8,11 @@ the steps of one run: runs have to be looked at one by one for it, and are not a
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from upcycle.dashboard.panels import SECTIONS, STEP
-from upcycle.errors import ConfigError, RecordError
+from upcycle.errors import RecordError
+from upcycle.options.extras import need
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,10 +51,9 @@ def build_workspace(
         texts: what is said about the sweep, by title.
 
     Raises:
-        ConfigError: wandb-workspaces is not installed.
+        MissingPackageError: wandb-workspaces is not installed.
     """
-    if not find_spec("wandb_workspaces"):
-        raise ConfigError("wandb-workspaces is not installed", remedy="pip install 'upcycle[dashboard]'")
+    need("the workspace", "wandb_workspaces")
     import wandb_workspaces.workspaces as ws
 
     return ws.Workspace(

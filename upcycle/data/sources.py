@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle.data.rows import HEAD, looks_like_rows, no_field, opened, reader_of
 from upcycle.errors import ConfigError, SourceError
+from upcycle.options.extras import need
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,6 +45,7 @@ def open_documents(source: SourceConfig) -> Documents:
 
     Raises:
         ConfigError: nothing is found where the options say.
+        MissingPackageError: a dataset is asked for, and `datasets` is not installed.
         SourceError: now or while reading: a file or dataset that cannot be read, or lacks the field.
     """
     if source.name == "python_stdlib":
@@ -171,6 +173,7 @@ def _hugging_face(source: SourceConfig) -> Documents:
 
 def _load(source: SourceConfig) -> Iterable[Any]:
     """The rows, memory-mapped by `datasets` unless they are streamed."""
+    need("data=hf", "datasets")
     import datasets  # type: ignore[import-untyped]
 
     path = os.path.expanduser(str(source.path))

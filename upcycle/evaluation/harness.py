@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import ConfigError, did_you_mean
+from upcycle.options.extras import need
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,19 +23,14 @@ class Harness:
         tasks: names of tasks or groups, the harness's or those shipped here.
 
     Raises:
-        ConfigError: the harness is not installed, or does not know a task.
+        ConfigError: the harness does not know a task.
+        MissingPackageError: it is not installed.
     """
 
     def __init__(self, tasks: Sequence[str]) -> None:
-        try:
-            from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
-        except ImportError as error:
-            raise ConfigError(
-                "tasks need the lm-evaluation-harness",
-                found=str(error),
-                expected="lm_eval 0.4.13",
-                remedy="pip install 'upcycle[eval]', or leave out tasks",
-            ) from error
+        need("tasks=…", "lm_eval")
+        from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
+
         self._manager = TaskManager(include_path=str(TASKS), include_defaults=False)
         shipped = self._manager.all_tasks
         if not set(tasks) <= set(shipped):

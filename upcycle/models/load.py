@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from upcycle.errors import ConfigError, SourceError
 from upcycle.files.json import check_objects
 from upcycle.models.config import load_config
+from upcycle.options.extras import need
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -30,6 +31,8 @@ TOKENIZER = (
     *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     "vocab.json",
 )
+
+SENTENCEPIECE = "tokenizer.model"
 
 
 def load_dense(source: DenseSource, dtype: torch.dtype = torch.float32, **layout: Any) -> PreTrainedModel:
@@ -117,6 +120,7 @@ def load_tokenizer_from(place: Path | str) -> PreTrainedTokenizerBase:
     """The tokenizer in a directory or a GGUF file, or of a Hub id; code that comes with it is not run.
 
     Raises:
+        MissingPackageError: it is a tokenizer.model, and what reads that is not installed.
         SourceError: there is none, or it or one of its files is damaged, or it needs its code.
     """
     from transformers import AutoTokenizer
@@ -129,6 +133,8 @@ def load_tokenizer_from(place: Path | str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
     except Exception as error:  # tokenizers raises bare ones about damaged files
+        if Path(place, SENTENCEPIECE).exists():
+            need(SENTENCEPIECE, "sentencepiece", "google.protobuf")
         raise SourceError(
             "there is no tokenizer that transformers can load",
             found=f"{place}: {' '.join(str(error).split()):.200}",

@@ -16,6 +16,7 @@ EXTRAS: Final = {
     "datasets": "datasets",
     "gguf": "gguf",
     "sentencepiece": "sentencepiece",
+    "google.protobuf": "sentencepiece",
     "lm_eval": "eval",
     "jinja2": "dashboard",
     "plotly": "dashboard",
@@ -25,7 +26,10 @@ EXTRAS: Final = {
 
 def has(module: str) -> bool:
     """Whether a module can be imported, without importing it."""
-    return find_spec(module) is not None
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
 
 
 def install_line(module: str) -> str:

@@ -16,8 +16,8 @@ import torch
 from cli import INDEX, SMALL, Outcome, add_tensor, contents, edit_json, edit_tensor, process, remove_tensor
 from safetensors.torch import load_file
 
-from upcycle import files as file_operations
 from upcycle.checkpoint import Staging
+from upcycle.files import durable as file_operations
 
 if TYPE_CHECKING:
     from collections.abc import Callable

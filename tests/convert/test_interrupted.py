@@ -13,8 +13,8 @@ import torch
 from cli import SHARD, SMALL, contents, edit_tensor
 from slowly import Run, weight_bytes
 
-from upcycle import files as file_operations
 from upcycle.convert.materialise import Materialiser
+from upcycle.files import durable as file_operations
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,7 +13,8 @@ from gguf_files import write_gguf
 from models import build, save, tokenizer
 from safetensors.torch import load_file
 
-from upcycle.convert.run import convert, prepare, workers
+from upcycle.convert import prepare, workers
+from upcycle.convert.run import convert
 from upcycle.errors import OutputError
 
 if TYPE_CHECKING:

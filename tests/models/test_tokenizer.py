@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
-from upcycle import tokenizer as tokenizers_of_upcycle
 from upcycle.errors import SourceError
+from upcycle.models import tokenizer as tokenizers_of_upcycle
 from upcycle.models.load import load_tokenizer_from
 from upcycle.models.tokenizer import behaviour, settle_tokenizer
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cli import Outcome
 
 pytest_plugins = ("text_model", "tiny")
-PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((Path(__file__).parent.parent.parent / "pyproject.toml").read_text())["project"]
 DISTRIBUTIONS = {"google.protobuf": "protobuf", "wandb_workspaces": "wandb-workspaces"}
 
 

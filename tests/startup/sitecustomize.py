@@ -8,7 +8,7 @@ import os
 import time
 from pathlib import Path
 
-from upcycle import files
+from upcycle.files import durable as files
 
 _write_all = files.write_all
 _stop_at, _go_on = int(os.environ["STOP_AT"]), Path(os.environ["GO_ON"])

@@ -45,7 +45,7 @@ def cases(granularities: list[int]) -> dict[str, tuple[str, ...]]:
                 for way in WAYS if size > 1 else WAYS[-1:]:
                     options = ("model=upcycle", *shape, f"moe.groups={way}")
                     arms[f"E8G{size}T{top_k} {order} {way}"] = options
-                    if order == "topk_softmax" and top_k == size:
+                    if order == "topk_softmax" and top_k == size and (way != "free" or size == 1):
                         arms[f"E8G{size}T{top_k} {order} {SLOWER} {way}"] = (*options, f"optim.{SLOWER}")
     return arms
 

@@ -22,7 +22,7 @@ def test_the_smallest_benchmark(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     found = json.loads(output.read_text())
     rows = {row["arm"]: row for row in found["rows"]}
-    assert len(rows) == 1 + 2 * 2 * 4 + 4  # topK-then-softmax with T = G at a slower rate too
+    assert len(rows) == 1 + 2 * 2 * 4 + 3  # topK-then-softmax with T = G at a slower rate too
     assert rows["dense"]["most_above_dense"] == 0
     for row in rows.values():
         assert list(row["loss"]) == ["0", "1", "2"]

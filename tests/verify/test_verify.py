@@ -98,6 +98,7 @@ def test_a_damaged_conversion_is_seen(text_model: Path, text_moe: Path, tmp_path
 
 
 def test_the_report_is_written_and_shown(text_model: Path, text_moe: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra plots")
     report = verify(options(text_model, text_moe))
     write_report(report, str(tmp_path))
     assert json.loads((tmp_path / REPORT).read_text()) == report

@@ -42,7 +42,7 @@ def need(purpose: str, *modules: str) -> None:
 
     Args:
         purpose: what needs them, for the message.
-        modules: their names; the last one that is not there decides which extra is named.
+        modules: their names; the first one that is not there decides which extra is named.
 
     Raises:
         MissingPackageError: one cannot.
@@ -52,5 +52,5 @@ def need(purpose: str, *modules: str) -> None:
         raise MissingPackageError(
             f"{purpose} needs a package that is not installed",
             found=f"no {', '.join(missing)}",
-            remedy=install_line(missing[-1]),
+            remedy=install_line(missing[0]),
         )

@@ -54,6 +54,7 @@ def options(source: Path | str, output: Path | str, *, init: str = "virtual_grou
         source=str(source),
         output=str(output),
         target="auto",
+        portable=True,
         dtype="auto",
         seed=0,
         max_shard_size="5GB",
@@ -103,10 +104,11 @@ def planned(model: DenseModel, **changes: Any) -> Plan:
     """The plan for a model of which only the config is there."""
     request = options("source", "output", **changes)
     moe = moe_shape(request.moe, request.init, ffn_width=model.ffn_width, layers=model.layers)
-    target, why = select_target(request.target, model, moe)
+    target, why = select_target(request.target, model, moe, portable=request.portable)
     moe = settled(moe, request.init, target)
     dtypes, masses = dict.fromkeys(model.tensors(), "F32"), dict.fromkeys(moe.layers, expected_mass(moe))
-    return build_plan(model, moe, request.init, target, why, dtypes=dtypes, masses=masses, dropped={})
+    given = {"dtypes": dtypes, "masses": masses, "dropped": {}, "portable": request.portable}
+    return build_plan(model, moe, request.init, target, why, **given)
 
 
 def load(directory: Path, **arguments: Any) -> nn.Module:

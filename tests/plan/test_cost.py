@@ -19,6 +19,7 @@ REQUESTS = {
     "two_groups_in_one_layer": {"top_k": 4, "layers": [1]},
     "generic": {"target": "upcycled_moe", "expansion": 3, "granularity": 3, "top_k": 3},
     "normalised": {"router_order": "topk_softmax"},
+    "for_transformers_alone": {"portable": False},
 }
 # Products with weights. What is left out is attention: its own operator, or batched products.
 WITH_WEIGHTS = (torch.ops.aten.mm, torch.ops.aten.addmm)
@@ -41,11 +42,25 @@ def test_costs_are_those_of_the_real_model(name, asked, dense, tmp_path):
     done = conversions.run(config)
     model, moe = conversions.load(dense(name)), conversions.load(done.directory)
     assert found.dense_parameters == model.num_parameters()
-    assert found.parameters == moe.num_parameters()
+    assert found.parameters + found.padding_parameters == moe.num_parameters()
     stored = conversions.read_tensors(done.directory).values()
     assert found.bytes_to_write == sum(tensor.nbytes for tensor in stored)
     assert found.dense_flops_per_token == counted_flops(dense(name))
-    assert found.flops_per_token == counted_flops(done.directory)
+    assert found.flops_per_token + found.padding_flops_per_token == counted_flops(done.directory)
+
+
+def test_what_is_not_trained_is_counted_apart(dense, tmp_path):
+    """A tied Llama as qwen2_moe: zeros, products with them, and a head that is stored twice."""
+    asked = {"source": dense("llama_tied"), "output": tmp_path / "moe"}
+    portable, alone = (prepare(options(**asked, portable=each), execute=False).cost for each in (True, False))
+    biases, shared = models.HIDDEN + 2 * models.HIDDEN // 2, 3 * 32 * models.HIDDEN
+    assert portable.padding_parameters == models.LAYERS * (biases + shared)
+    assert portable.padding_flops_per_token == 2 * models.LAYERS * shared
+    assert portable.padding_bytes == 4 * (portable.padding_parameters + models.VOCAB * models.HIDDEN)
+    assert portable.bytes_to_write == alone.bytes_to_write + portable.padding_bytes
+    same = ("parameters", "active_parameters", "flops_per_token", "dense_flops_per_token")
+    assert all(getattr(portable, name) == getattr(alone, name) for name in same)
+    assert alone.padding_parameters == alone.padding_flops_per_token == alone.padding_bytes == 0
 
 
 @pytest.mark.parametrize("name", models.ONE_PER_FAMILY)
@@ -73,4 +88,6 @@ def test_bytes_follow_the_type(dtype, dense, tmp_path):
     assert len(files) > 1
     headers = sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in files)
     assert conversion.cost.bytes_to_write == sum(file.stat().st_size for file in files) - headers
-    assert conversion.cost.bytes_to_write == conversion.cost.parameters * (4 if dtype == "float32" else 2)
+    cost, size = conversion.cost, 4 if dtype == "float32" else 2
+    gates = (4 - size) * models.LAYERS * models.HIDDEN if dtype == "float16" else 0  # float16 has no 2^-60
+    assert cost.bytes_to_write == (cost.parameters + cost.padding_parameters) * size + gates

@@ -13,6 +13,9 @@ from upcycle.plan.effort import MEASURED, effort
 
 FOUND = json.loads((Path(__file__).parents[2] / "benchmarks/results/convert_workers.json").read_text())
 COST = Cost(
+    padding_parameters=0,
+    padding_flops_per_token=0,
+    padding_bytes=0,
     dense_parameters=1,
     parameters=8,
     active_parameters=1,

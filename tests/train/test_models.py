@@ -41,7 +41,8 @@ def test_upcycling_in_memory_is_convert_and_load(
     ]
     start = start_model(training.options(text, tmp_path / "run", *made))
     names = {"expansion": 2, "granularity": 2, "top_k": 2, "router_order": order, "router_std": 0.01}
-    request = conversions.options(text_model, tmp_path / "moe", target=target, seed=3, dtype="float32", **names)
+    given = {"target": target, "seed": 3, "dtype": "float32", "portable": False, **names}
+    request = conversions.options(text_model, tmp_path / "moe", **given)
     written = conversions.load(conversions.run(request).directory)
     assert training.differing_tensors(start.model.state_dict(), written.state_dict()) == []
     assert start.moe is not None

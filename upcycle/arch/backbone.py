@@ -34,7 +34,7 @@ class Backbone:
 
 def optional_bias(config: Any) -> AttentionBias:
     """Biases on all four projections where the config's `attention_bias` is set, else none."""
-    return "qkvo" if config.attention_bias else "none"
+    return "qkvo" if getattr(config, "attention_bias", False) else "none"
 
 
 def layer_windows(config: Any) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from upcycle.arch.backbone import AttentionBias, Norm, NormPlacement, QkNorm
     from upcycle.arch.family import DenseModel
     from upcycle.arch.moe import MoeShape, RouterOrder
+    from upcycle.arch.padding import Padding
 
 Matrix = Literal["gate", "up", "gate_up", "down"]
 
@@ -81,6 +82,8 @@ class Target:
         indices_first_before: the transformers since which its router returns (logits, weights, indices), as all others
             do; before it was (indices, weights, logits).
         fields: the fields of config.json that are the type's own.
+        padding: what other engines must find in a checkpoint; None if nothing.
+        old_names: field of config.json in older transformers -> today's.
     """
 
     model_type: str
@@ -99,6 +102,8 @@ class Target:
     router_module: str = "mlp.gate"
     indices_first_before: tuple[int, int] | None = None
     fields: Callable[[DenseModel, MoeShape], dict[str, Any]]
+    padding: Padding | None = None
+    old_names: Mapping[str, str] = field(default_factory=dict)
 
     def objections(self, model: DenseModel, moe: MoeShape) -> tuple[Objection, ...]:
         """Everything in the request that this type cannot express exactly; empty if it fits."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from upcycle.arch.engines import Serving
     from upcycle.plan.plan import Plan
 
 
@@ -22,6 +23,13 @@ def model_card(manifest: Mapping[str, Any], plan: Plan, remarks: Sequence[str]) 
     remote = ", trust_remote_code=True" if plan.target == "upcycled_moe" else ""
     step_0 = "\n".join(f"- {line}" for line in plan.losses) or "- equals the dense model up to rounding"
     notes = "\n".join(f"- {line}" for line in plan.notes)
+    zeros = ""
+    if cost["padding_bytes"]:
+        zeros = (
+            f"\n| for other engines, besides | {cost['padding_parameters']:,} zeros,"
+            f" {cost['padding_flops_per_token']:,} FLOPs per token, {cost['padding_bytes']:,} bytes; `portable=false`"
+            " leaves them out |"
+        )
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -38,7 +46,7 @@ tags: [moe, upcycling, {plan.target}]
 | initialization | {plan.init.name}, scaling {plan.init.scaling} |
 | MoE layers | {len(moe.layers)} |
 | parameters | {cost["parameters"]:,}, {cost["active_parameters"]:,} active (dense {cost["dense_parameters"]:,}) |
-| matmul FLOPs per token | {cost["flops_per_token"]:,} (dense {cost["dense_flops_per_token"]:,}) |
+| matmul FLOPs per token | {cost["flops_per_token"]:,} (dense {cost["dense_flops_per_token"]:,}) |{zeros}
 
 ## Step 0
 
@@ -56,18 +64,35 @@ model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY"{remote})
 tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")
 ```
 {_listed(remarks)}
+{_engines(plan.serving)}
+
 Initialised, not trained: train it before use. `upcycle_manifest.json` says where each tensor comes from. The licence
 of the source model applies.
 """
 
 
-def trained_card(manifest: Mapping[str, Any], *, model_type: str, parameters: int, remarks: Sequence[str]) -> str:
+def _engines(served: Sequence[Serving]) -> str:
+    lines = "\n".join(f"- {each}" for each in served)
+    return f"Other engines, as measured with small models in float32 on a CPU:\n\n{lines}"
+
+
+def trained_card(
+    manifest: Mapping[str, Any],
+    *,
+    model_type: str,
+    parameters: int,
+    zeros: int,
+    served: Sequence[Serving],
+    remarks: Sequence[str],
+) -> str:
     """README.md of an exported run, in the Hub's format.
 
     Args:
         manifest: the checkpoint's, with its training record.
         model_type: of transformers.
-        parameters: of the model.
+        parameters: of the model, as it was trained.
+        zeros: parameters beside these, for other engines.
+        served: what other engines do with a MoE; empty for a dense model.
         remarks: what a user of the tokenizer should know.
     """
     training = manifest["training"]
@@ -81,6 +106,7 @@ def trained_card(manifest: Mapping[str, Any], *, model_type: str, parameters: in
     results = "\n".join(f"| {name} | {value:,.6g} |" for name, value in summary.items())
     remote = ", trust_remote_code=True" if model_type == "upcycled_moe" else ""
     schedule, batch = config["schedule"], config["batch"]
+    engines = f"\n{_engines(served)}\n" if served else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -91,7 +117,7 @@ tags: [upcycling, {model_type}]
 
 | | |
 |---|---|
-| parameters | {parameters:,} |
+| parameters | {parameters:,}{f", and {zeros:,} zeros for other engines" if zeros else ""} |
 | data | {config["data"]["name"]}, hash `{training["data_hash"]}` |
 | steps | {training["step"]:,} of {batch["sequences"]} sequences of {config["sequence_length"]} tokens |
 | learning rate | {schedule["name"]}, peak {schedule["peak"]:g} |
@@ -106,7 +132,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY"{remote})
 tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")
 ```
-{_listed(remarks)}
+{_listed(remarks)}{engines}
 Trained by `upcycle train`; `upcycle_manifest.json` holds every option. The licences of source model and data apply.
 """
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from upcycle.errors import SourceError
 from upcycle.init.experts import add_noise, drop_neurons, normal, row_blocks
 from upcycle.init.rng import generator
-from upcycle.plan.parts import AddNoise, Beside, DropNeurons, Normal, Part, Take, Whole, Zeros
+from upcycle.plan.parts import AddNoise, Beside, Constant, DropNeurons, Normal, Part, Take, Whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from upcycle.plan.parts import TargetTensor
+    from upcycle.plan.tensors import TargetTensor
 
 SOURCES_AT_ONCE = 2
 
@@ -81,8 +81,8 @@ class Materialiser:
                 values = generator(self._seed, part.key)
                 made = normal(part.rows, part.cols, std=part.std, repeat=part.repeat, values=values)
                 yield from (_scaled(block, part.factor, dtype) for block in made)
-            case Zeros():
-                yield torch.zeros(part.numel, dtype=dtype)
+            case Constant():
+                yield torch.full((part.numel,), part.value, dtype=dtype)
 
     def _rectangle(self, take: Take) -> Tensor:
         source = self._source(take.source)

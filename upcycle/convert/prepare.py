@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from upcycle.options.config import ConversionConfig
-    from upcycle.plan.parts import TargetTensor
+    from upcycle.plan.tensors import TargetTensor
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -74,13 +74,23 @@ def prepare(config: ConversionConfig, *, execute: bool) -> Conversion:
         check_apart(source.path, expanded(config.output))
     model = source.model
     moe = moe_shape(config.moe, config.init, ffn_width=model.ffn_width, layers=model.layers)
-    target, why = select_target(config.target, model, moe)
+    target, why = select_target(config.target, model, moe, portable=config.portable)
     moe = settled(moe, config.init, target)
     dtypes = source.dtypes(config.dtype)
     masses: Mapping[int, float] = dict.fromkeys(moe.layers, expected_mass(moe))
     if config.init.scaling == "calibrated" and moe.router_order == "softmax_topk" and execute:
         masses = measured_masses(source, moe, config.init, seed=config.seed, tokens=config.calibration_tokens)
-    plan = build_plan(model, moe, config.init, target, why, dtypes=dtypes, masses=masses, dropped=source.dropped)
+    plan = build_plan(
+        model,
+        moe,
+        config.init,
+        target,
+        why,
+        dtypes=dtypes,
+        masses=masses,
+        dropped=source.dropped,
+        portable=config.portable,
+    )
     specs = [TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in plan.tensors]
     shards = layout_shards(specs, max_shard_bytes)
     counted = cost(plan, model, bytes_per_element={code: dtype_bytes(code) for code in FLOATING})

@@ -17,6 +17,7 @@ from upcycle.plan.plan import Plan, plan_dict
 if TYPE_CHECKING:
     from upcycle.arch.moe import MoeShape
     from upcycle.convert.prepare import Conversion
+    from upcycle.plan.cost import Cost
     from upcycle.plan.effort import Effort
 
 
@@ -54,6 +55,7 @@ def _summary(conversion: Conversion) -> Table:
         ("step 0", "lossless" if not plan.losses else "not lossless"),
         ("parameters", f"{cost.parameters:,} ({cost.active_parameters:,} active); dense {cost.dense_parameters:,}"),
         ("FLOPs per token", f"{cost.flops_per_token:,} in matrix products forward, {flops:.3f} x dense"),
+        *_padding(cost),
         ("to write", f"{cost.bytes_to_write / 1e9:.3f} GB in {_count(len(conversion.shards), 'file')}"),
         ("disk free", f"{conversion.free / 1e9:.1f} GB"),
         ("peak memory", f"at most {effort.peak_memory / 1e9:.2f} GB anonymous, {_count(effort.workers, 'worker')}"),
@@ -62,6 +64,14 @@ def _summary(conversion: Conversion) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _padding(cost: Cost) -> list[tuple[str, str]]:
+    """What is counted in none of the lines before."""
+    if not cost.padding_bytes:
+        return []
+    zeros = f"{cost.padding_parameters:,} zeros, {cost.padding_flops_per_token:,} FLOPs per token"
+    return [("portable", f"{zeros}, {cost.padding_bytes / 1e9:.3f} GB: for other engines, and never trained")]
 
 
 def _groups(moe: MoeShape) -> str:
@@ -142,6 +152,7 @@ def _megabytes(tensors: list[Any]) -> str:
 
 def _remarks(plan: Plan) -> list[Text]:
     lines = [f"why {plan.target}: {plan.why[0]}", *(f"  not {reason}" for reason in plan.why[1:])]
+    lines += [f"engine {each}" for each in plan.serving]
     lines += [f"step 0 differs: {reason}" for reason in plan.losses]
     lines += [f"note: {note}" for note in plan.notes]
     lines += [f"dropped: {name} ({reason})" for name, reason in list(plan.dropped.items())[:5]]

@@ -29,6 +29,7 @@ from upcycle.convert.workers import OnBytes, ShardWork, write_in_processes
 from upcycle.errors import ConfigError, OutputError, SourceError
 from upcycle.models.manifest import MANIFEST
 from upcycle.models.source import expanded
+from upcycle.models.spelling import with_old_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -90,14 +91,14 @@ def output_config(conversion: Conversion) -> dict[str, Any]:
     """config.json of the output, with defaults filled in and checked by transformers."""
     from transformers import AutoConfig
 
-    fields = dict(conversion.plan.config)
+    fields, target = dict(conversion.plan.config), TARGETS[conversion.plan.target]
     auto_map = fields.pop("auto_map", None)
     written = AutoConfig.for_model(**fields).to_diff_dict()
     codes = {tensor.dtype for tensor in conversion.plan.tensors if tensor.kind in ("expert", "backbone")}
     widest = max(codes, key=dtype_bytes)
     return {
-        **written,
-        "architectures": [TARGETS[conversion.plan.target].architecture],
+        **with_old_words(written, target),
+        "architectures": [target.architecture],
         "dtype": dtype_name(widest),
         **({"auto_map": auto_map} if auto_map else {}),
     }

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from upcycle.arch.family import Shape
-    from upcycle.plan.parts import Part, Range, Take, TargetTensor
+    from upcycle.plan.parts import Part, Range, Take
+    from upcycle.plan.tensors import TargetTensor
 
 
 class SliceMaterialiser(Materialiser):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from upcycle.checkpoint import Shard
-    from upcycle.plan.parts import TargetTensor
+    from upcycle.plan.tensors import TargetTensor
 
 OnBytes = Callable[[int], None]
 

@@ -49,6 +49,7 @@ class UpcycledMoeConfig(PreTrainedConfig):
     sub_configs = {"text_config": AutoConfig}
     has_no_defaults_at_init = True  # until 5.20 transformers made one without arguments, unless told
     _auto_class = "AutoConfig"
+    has_no_defaults_at_init = True  # without text_config there is no default one to compare with
     base_model_fsdp_plan = {}  # the dense model's, which this one contains, is its own
 
     text_config: Any

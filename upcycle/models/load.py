@@ -91,8 +91,8 @@ def from_pretrained(kind: Any, place: Path | None, **arguments: Any) -> PreTrain
             found=f"{place}: {' '.join(str(error).split()):.300}",
             expected="a causal language model that transformers loads",
         ) from error
-    # A tensor without elements, sharded, has another shape than its shards in transformers' eyes.
-    shapes = {name: shape for name, shape, _ in info["mismatched_keys"] if math.prod(shape)}
+    # A tensor without elements has nothing to load; sharded, it seems to transformers to have another shape.
+    shapes = {name: own for name, shape, own in info["mismatched_keys"] if math.prod(shape) and math.prod(own)}
     missing = sorted({*info["missing_keys"], *shapes})
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""

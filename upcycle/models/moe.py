@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from upcycle.arch.backbone import layer_windows, optional_bias
+from upcycle.arch.engines import Features
 from upcycle.arch.families import FAMILIES
+from upcycle.arch.padding import PADDED
 from upcycle.arch.targets import TARGETS
 from upcycle.errors import SourceError
 from upcycle.models.config import load_config, read_config
@@ -113,6 +116,7 @@ def describe_config(target: Target, config: Any, manifest: dict[str, Any] | None
     sparse = [layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0]
     family = FAMILIES[text.model_type] if generic else None
     shared = ("shared_expert_intermediate_size", "shared_intermediate_size")
+    own = {**vars(config), **getattr(config, PADDED, {})}
     renormalised = getattr(config, "norm_topk_prob", "softmax_topk" not in target.router_orders)
     return MoeDescription(
         target=target,
@@ -122,11 +126,27 @@ def describe_config(target: Target, config: Any, manifest: dict[str, Any] | None
         experts=getattr(config, "num_experts", None) or config.num_local_experts,
         top_k=config.num_experts_per_tok,
         expert_width=getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
-        shared_width=next((getattr(config, name) for name in shared if hasattr(config, name)), 0),
+        shared_width=next((own[name] for name in shared if name in own), 0),
         granularity=config.granularity if generic else manifest["moe"]["granularity"] if manifest else 1,
         groups=config.groups if generic else (manifest or {}).get("moe", {}).get("groups", "free"),
         router_order=config.router_order if generic else ("topk_softmax" if renormalised else "softmax_topk"),
         gated=config.gated if generic else True,
         hidden_size=text.hidden_size,
         vocabulary=text.vocab_size,
+    )
+
+
+def config_features(target: Target, config: Any, *, portable: bool) -> Features:
+    """What of a checkpoint other engines may not be able to do, from its transformers configuration."""
+    moe, text = describe_config(target, config, None), config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return Features(
+        router_order="topk_softmax" if moe.router_order == "topk_softmax" else "softmax_topk",
+        shared=moe.shared_width > 0,
+        dense_layers=len(moe.layers) < moe.layer_count,
+        windows=any(layer_windows(text)),
+        attention_bias="qkv" if getattr(text, "qkv_bias", False) else optional_bias(text),
+        heads_fill=head * text.num_attention_heads == text.hidden_size,
+        tied=text.tie_word_embeddings,
+        portable=portable,
     )

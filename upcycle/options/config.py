@@ -68,6 +68,7 @@ class ConversionConfig:
         source: directory, GGUF file or Hub id of the dense model.
         output: directory of the MoE checkpoint.
         target: auto, or a MoE type by name.
+        portable: also write what other engines need and what changes nothing, such as biases of zeros.
         dtype: auto (the source's), float32, bfloat16 or float16.
         seed: seed of everything random.
         max_shard_size: size limit of one safetensors file, such as 5GB or 500MB.
@@ -80,6 +81,7 @@ class ConversionConfig:
     source: str
     output: str | None
     target: str
+    portable: bool
     dtype: str
     seed: int
     max_shard_size: str

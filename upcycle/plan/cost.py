@@ -19,6 +19,8 @@ BASE_MEMORY = 300 * 10**6
 class Cost:
     """Costs of a conversion and of the model that comes out.
 
+    What a portable output holds for other engines and is not trained is counted apart: `padding_*`.
+
     Attributes:
         dense_parameters: of the source, tied weights counted once.
         parameters: of the MoE.
@@ -26,6 +28,9 @@ class Cost:
         bytes_to_write: tensor bytes of the output.
         dense_flops_per_token: forward, products with weights (2 per weight), head included, attention scores not.
         flops_per_token: the same for the MoE.
+        padding_parameters: zeros.
+        padding_flops_per_token: products with them.
+        padding_bytes: of `bytes_to_write`, for them and for a second copy of a tied head.
         peak_memory: bytes of anonymous memory that a process of `convert` needs at most.
     """
 
@@ -35,6 +40,9 @@ class Cost:
     bytes_to_write: int
     dense_flops_per_token: int
     flops_per_token: int
+    padding_parameters: int
+    padding_flops_per_token: int
+    padding_bytes: int
     peak_memory: int
 
 
@@ -47,7 +55,10 @@ def cost(plan: Plan, model: DenseModel, *, bytes_per_element: Mapping[str, int])
         bytes_per_element: by safetensors code.
     """
     sizes = {tensor.name: math.prod(tensor.shape) for tensor in plan.tensors}
-    total = sum(sizes.values())
+    nbytes = {tensor.name: sizes[tensor.name] * bytes_per_element[tensor.dtype] for tensor in plan.tensors}
+    zeros = [tensor for tensor in plan.tensors if tensor.kind == "zeros"]
+    copies = [tensor for tensor in plan.tensors if tensor.kind == "copy"]
+    total = sum(sizes.values()) - sum(sizes[tensor.name] for tensor in (*zeros, *copies))
     routed = sum(sizes[tensor.name] for tensor in plan.tensors if tensor.kind == "expert")
     largest = max(math.prod(shape) for shape in model.tensors().values())
     widest = max(bytes_per_element[tensor.dtype] for tensor in plan.tensors)
@@ -56,9 +67,12 @@ def cost(plan: Plan, model: DenseModel, *, bytes_per_element: Mapping[str, int])
         dense_parameters=sum(math.prod(shape) for shape in model.tensors().values()),
         parameters=total,
         active_parameters=total - routed + routed * plan.moe.top_k // plan.moe.experts,
-        bytes_to_write=sum(sizes[t.name] * bytes_per_element[t.dtype] for t in plan.tensors),
+        bytes_to_write=sum(nbytes.values()),
         dense_flops_per_token=dense_flops,
         flops_per_token=dense_flops + _extra_flops(plan, model),
+        padding_parameters=sum(sizes[tensor.name] for tensor in zeros),
+        padding_flops_per_token=2 * _matrix_elements(tensor.shape for tensor in zeros),
+        padding_bytes=sum(nbytes[tensor.name] for tensor in (*zeros, *copies)),
         peak_memory=BASE_MEMORY + 3 * largest * widest,
     )
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from upcycle.arch.family import Shape
-    from upcycle.plan.parts import TargetTensor
+    from upcycle.plan.tensors import TargetTensor
 
 
 def check_coverage(tensors: Sequence[TargetTensor], source: Mapping[str, Shape], *, dropped: Collection[str]) -> None:

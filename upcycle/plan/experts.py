@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from upcycle.plan.groups import GROUPED_INITS
-from upcycle.plan.parts import AddNoise, Beside, DropNeurons, Normal, Part, Range, Take, Zeros
+from upcycle.plan.parts import AddNoise, Beside, Constant, DropNeurons, Normal, Part, Range, Take
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -143,7 +143,7 @@ class FfnParts:
     def _bias(self, role: Role, shard: int, factor: float) -> Part:
         rows = (0, self.model.hidden_size) if role == "down" else self._neurons(role, shard)
         if self.init.name == "random":
-            return Zeros(numel=rows[1] - rows[0])
+            return Constant(numel=rows[1] - rows[0])
         return Take(source=self.model.ffn_tensor(self.layer, role, "bias"), rows=rows, factor=factor)
 
     def _neurons(self, role: Role, shard: int) -> Range:

@@ -114,13 +114,14 @@ class Normal:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Zeros:
-    """Zeros."""
+class Constant:
+    """One value everywhere."""
 
     numel: int
+    value: float = 0.0
 
     def __str__(self) -> str:
-        return "zeros"
+        return f"all {self.value:g}" if self.value else "zeros"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +134,7 @@ class Beside:
         return " beside ".join(str(part) for part in self.parts)
 
 
-Part = Take | Whole | DropNeurons | AddNoise | Normal | Zeros | Beside
+Part = Take | Whole | DropNeurons | AddNoise | Normal | Constant | Beside
 
 
 def taken(part: Part) -> tuple[Take, ...]:
@@ -159,7 +160,7 @@ def numel(part: Part, source: Mapping[str, Shape]) -> int:
             return numel(part.base, source)
         case Normal():
             return part.rows * part.cols
-        case Zeros():
+        case Constant():
             return part.numel
         case Beside():
             return sum(numel(each, source) for each in part.parts)
@@ -176,7 +177,7 @@ def width(part: Part, source: Mapping[str, Shape]) -> int:
             return width(part.base, source)
         case Normal():
             return part.cols
-        case Zeros():
+        case Constant():
             return 1
         case Beside():
             return sum(width(each, source) for each in part.parts)
@@ -208,30 +209,3 @@ def _inside(outer: Range, inner: Range) -> Range:
 
 def _times(factor: float) -> str:
     return "" if factor == 1.0 else f" * {factor:.9g}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetTensor:
-    """One tensor to write: the bytes of its parts one after the other, row-major.
-
-    Attributes:
-        name: name on disk.
-        shape: shape on disk.
-        dtype: safetensors code.
-        parts: what it is made of.
-        kind: backbone, router, expert, shared or shared_gate.
-    """
-
-    name: str
-    shape: Shape
-    dtype: str
-    parts: tuple[Part, ...]
-    kind: str
-
-    @property
-    def provenance(self) -> str:
-        """Where the values come from, in one line."""
-        runs = [str(part) for part in self.parts]
-        if len(runs) > 4:
-            return f"{runs[0]} | {runs[1]} | … {len(runs) - 3} more … | {runs[-1]}"
-        return " | ".join(runs) or "empty"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from upcycle.arch.engines import Serving, features, serving
 from upcycle.arch.targets import TARGETS
 from upcycle.errors import ConfigError, TargetError, did_you_mean
 
@@ -13,8 +14,10 @@ if TYPE_CHECKING:
     from upcycle.arch.target import Target
 
 
-def select_target(name: str, model: DenseModel, moe: MoeShape) -> tuple[Target, tuple[str, ...]]:
+def select_target(name: str, model: DenseModel, moe: MoeShape, *, portable: bool) -> tuple[Target, tuple[str, ...]]:
     """Return the MoE type and the reasons for it, one line each.
+
+    Of those that express the request, the one that most engines serve exactly; of these, the first.
 
     Raises:
         ConfigError: no such type.
@@ -23,9 +26,13 @@ def select_target(name: str, model: DenseModel, moe: MoeShape) -> tuple[Target, 
     objections = {target.model_type: target.objections(model, moe) for target in TARGETS.values()}
     fitting = [model_type for model_type, found in objections.items() if not found]
     if name == "auto":
-        chosen = fitting[0]
-        passed_over = [other for other in TARGETS if other not in fitting]
-        reasons = [f"{other}: {'; '.join(map(str, objections[other]))}" for other in passed_over]
+        found = features(model, moe, portable=portable)
+        served = {each: serving(each, found) for each in fitting}
+        chosen = max(fitting, key=lambda each: _exact(served[each]))  # of equals, the first
+        reasons = [f"{other}: {'; '.join(map(str, objections[other]))}" for other in TARGETS if other not in fitting]
+        for other in fitting[: fitting.index(chosen)]:
+            elsewhere = (str(each) for each in served[other] if each.verdict != "exact")
+            reasons.append(f"{other}, which expresses it too: {'; '.join(elsewhere)}")
         return TARGETS[chosen], (f"{chosen} expresses the model and the routing exactly", *reasons)
     if name not in TARGETS:
         known = ("auto", *TARGETS)
@@ -38,3 +45,7 @@ def select_target(name: str, model: DenseModel, moe: MoeShape) -> tuple[Target, 
             remedy=f"set target={fitting[0]}, or target=auto",
         )
     return TARGETS[name], (f"{name} was asked for, and expresses the model and the routing exactly",)
+
+
+def _exact(served: tuple[Serving, ...]) -> int:
+    return sum(each.verdict == "exact" for each in served)

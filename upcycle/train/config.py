@@ -227,6 +227,7 @@ class ExportConfig:
         checkpoint: last or best.
         dtype: float32, bfloat16 or float16.
         overwrite: replace an existing output.
+        portable: also write what other engines need and what changes nothing, such as biases of zeros.
         format: huggingface; or megatron-bridge, with a recipe beside the checkpoint. What follows is for that.
         moe: directory of a MoE checkpoint, instead of a run.
         steps: optimizer steps of the recipe; null takes the run's.
@@ -243,6 +244,7 @@ class ExportConfig:
     checkpoint: Literal["last", "best"]
     dtype: Literal["float32", "bfloat16", "float16"]
     overwrite: bool
+    portable: bool = True
     format: Literal["huggingface", "megatron-bridge"] = "huggingface"
     moe: str | None = None
     steps: int | None = None

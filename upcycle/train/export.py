@@ -11,6 +11,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
+from upcycle.arch.engines import Serving, serving
 from upcycle.arch.targets import TARGETS
 from upcycle.checkpoint import Staging
 from upcycle.convert.beside import gathered
@@ -21,8 +22,10 @@ from upcycle.models.auxiliary import GENERATION_CONFIG
 from upcycle.models.config import load_config
 from upcycle.models.load import quietly
 from upcycle.models.manifest import FORMAT, MANIFEST
-from upcycle.models.moe import describe_config, regrouped
+from upcycle.models.moe import config_features, describe_config, regrouped
+from upcycle.models.padding import with_padding
 from upcycle.models.source import expanded
+from upcycle.models.spelling import with_old_words
 from upcycle.routing.export import export_fields
 from upcycle.routing.release import groups_at
 from upcycle.tracking.record import CHECKPOINTS, MODEL, NOT_COMPARED, read_own_run
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from upcycle.arch.target import Target
     from upcycle.models.moe import MoeDescription
 
 PREFIX = "model."
@@ -66,12 +70,16 @@ def export(config: ExportConfig, *, more: Mapping[str, str] | None = None) -> Pa
         groups = groups_at(trained.router, step=content["global_step"], steps=run["steps"]) or trained.moe.groups
         model, moe = _model(directory / MODEL, trained, run["manifest"], own_weights(content["state_dict"]), groups)
         nn.Module.to(model, dtype)
+        target = TARGETS.get(model.config.model_type)
         fingerprint = hashlib.sha256(json.dumps([run["config"], content["global_step"]]).encode()).hexdigest()
+        written = with_padding(model, target) if target and config.portable else model
         with (
             gathered(directory / MODEL, model.config.to_json_string()) as beside,
             Staging.open(output, fingerprint=fingerprint, overwrite=config.overwrite, resume=None) as staging,
         ):
-            model.save_pretrained(staging.directory)
+            written.save_pretrained(staging.directory)
+            if target:
+                _rewrite_config(staging.directory / "config.json", target, tied=model.config.tie_word_embeddings)
             for file in staging.directory.glob("*.safetensors"):
                 shutil.copymode(staging.directory / "config.json", file)  # safetensors' is for its owner alone
             (staging.directory / GENERATION_CONFIG).unlink(missing_ok=True)  # made of config.json
@@ -84,11 +92,13 @@ def export(config: ExportConfig, *, more: Mapping[str, str] | None = None) -> Pa
                 manifest,
                 model_type=model.config.model_type,
                 parameters=model.num_parameters(),
+                zeros=_stored(written) - _stored(model),
+                served=_served(target, model, portable=config.portable) if target else (),
                 remarks=beside.remarks,
             )
             for name, text in {"README.md": card, **(more or {})}.items():
                 staging.write_text(name, text)
-            _check_loads(staging.directory, own_weights(content["state_dict"]), dtype)
+            _check_loads(staging.directory, written, model, own_weights(content["state_dict"]))
             staging.commit()
     return output
 
@@ -129,6 +139,21 @@ def _model(
     return model, moe
 
 
+def _rewrite_config(file: Path, target: Target, *, tied: bool) -> None:
+    """Say of the head what holds where it is loaded, and all of it in old words too."""
+    written = {**json.loads(file.read_text()), "tie_word_embeddings": tied}
+    file.write_text(json.dumps(with_old_words(written, target), indent=2, sort_keys=True) + "\n")
+
+
+def _stored(model: PreTrainedModel) -> int:
+    """Parameters, of which a tied head counts on its own."""
+    return sum(value.numel() for _, value in model.named_parameters(remove_duplicate=False))
+
+
+def _served(target: Target, model: PreTrainedModel, *, portable: bool) -> tuple[Serving, ...]:
+    return serving(target.model_type, config_features(target, model.config, portable=portable))
+
+
 def _training(run: dict[str, Any], content: dict[str, Any], config: ExportConfig) -> dict[str, Any]:
     summary = run.get("summary", {})
     return {
@@ -147,15 +172,18 @@ def own_weights(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
 
 
-def _check_loads(directory: Path, trained: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Check that plain transformers loads every tensor as training left it."""
+def _check_loads(
+    directory: Path, written: PreTrainedModel, model: PreTrainedModel, trained: Mapping[str, torch.Tensor]
+) -> None:
+    """Check that every tensor was kept as training left it, and that plain transformers loads what was written."""
     from transformers import AutoModelForCausalLM
 
+    dtype = model.dtype
     loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).state_dict()
+    kept = model.state_dict()
     differing = [
-        name
-        for name, value in trained.items()
-        if name not in loaded or not torch.equal(loaded[name], value.to(loaded[name].dtype))
+        *(name for name, value in trained.items() if not torch.equal(kept[name], value.to(kept[name].dtype))),
+        *(name for name, value in written.state_dict().items() if not torch.equal(loaded[name], value)),
     ]
     if differing:
         raise OutputError(

@@ -19,6 +19,7 @@ from upcycle.convert.run import output_config
 from upcycle.convert.slices import SlicedTensor, SliceMaterialiser
 from upcycle.data.bytes_tokenizer import byte_tokenizer
 from upcycle.distributed.model import check_units, laid_out, settle
+from upcycle.distributed.quiet import only_errors
 from upcycle.distributed.ranks import ALONE
 from upcycle.errors import ConfigError, did_you_mean
 from upcycle.models.config import read_config
@@ -33,6 +34,7 @@ from upcycle.models.load import (
 )
 from upcycle.models.manifest import read_manifest
 from upcycle.models.moe import MoeDescription, describe_config, describe_moe, regrouped
+from upcycle.models.padding import without_padding
 from upcycle.models.source import expanded, open_source
 from upcycle.options.config import ConvertConfig
 from upcycle.parallel.rank_layout import check_experts, check_heads
@@ -217,8 +219,9 @@ def _checkpoint(config: TrainConfig, ranks: Ranks) -> Start:
     moe = regrouped(describe_moe(directory), config.moe.groups)
     check_experts(ranks.layout, moe.experts)
     manifest = read_manifest(directory) or {}
-    with laid_out(ranks.layout) as layout:
-        model = load_checkpoint(directory, **layout)
+    with laid_out(ranks.layout) as layout, only_errors("transformers"):
+        own = {"config": without_padding(directory, moe.target), "ignore_mismatched_sizes": True}
+        model = load_checkpoint(directory, **layout | own)
     origin = manifest.get("source", {}).get("given")
     source = open_source(origin) if origin and Path(origin).expanduser().exists() else None
     tokenizer = _tokenizer(config, directory)
@@ -231,6 +234,7 @@ def conversion_request(config: TrainConfig) -> ConvertConfig:
         source=str(config.source),
         output="",
         target=config.target,
+        portable=False,
         dtype="float32",
         seed=config.seed,
         max_shard_size="5GB",

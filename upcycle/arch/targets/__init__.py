@@ -1,4 +1,7 @@
-"""One file per MoE type; order here is the order of preference among types that express a request exactly."""
+"""One file per MoE type.
+
+Among types that express a request exactly, one that more engines serve exactly is preferred, then the earlier one here.
+"""
 
 from __future__ import annotations
 

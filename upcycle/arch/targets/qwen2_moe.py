@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from upcycle.arch.families.common import QKV_BIAS
+from upcycle.arch.padding import Padding
 from upcycle.arch.target import PER_EXPERT, Layout, Target, dense_layer_indices, native_fields, router_fields
 
 if TYPE_CHECKING:
@@ -46,4 +48,9 @@ TARGET = Target(
         shared_always=True,
     ),
     fields=fields,
+    padding=Padding(
+        bias_field="qkv_bias",
+        biases=QKV_BIAS,
+        width_field="shared_expert_intermediate_size",
+    ),
 )

@@ -34,4 +34,5 @@ TARGET = Target(
     dense_layers=True,
     layout=Layout(experts=PER_EXPERT),
     fields=fields,
+    old_names={"num_experts": "num_local_experts"},
 )

@@ -1,0 +1,209 @@
+"""What other engines make of a MoE type, as data: where they compute what transformers computes, and where not.
+
+Measured by `make test-engines` (benchmarks/results/engines.json), which fails where an engine and this table differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from upcycle.arch.backbone import AttentionBias
+    from upcycle.arch.family import DenseModel
+    from upcycle.arch.moe import MoeShape, RouterOrder
+
+Engine = Literal["vLLM", "llama.cpp", "transformers 4.57"]
+Verdict = Literal["exact", "refuses", "differs"]
+ENGINES: tuple[Engine, ...] = ("vLLM", "llama.cpp", "transformers 4.57")
+IN_WORDS: Mapping[Verdict, str] = {
+    "exact": "served exactly",
+    "refuses": "does not load it",
+    "differs": "computes something else",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What of a checkpoint an engine may not be able to do.
+
+    Attributes:
+        router_order: of softmax and top-k.
+        shared: whether there are shared experts.
+        dense_layers: whether some layers keep their FFN.
+        windows: whether some layer has a sliding window.
+        attention_bias: which projections have a bias.
+        heads_fill: whether heads times their size is the hidden size.
+        tied: whether the head is the embedding.
+        portable: whether the type's `Padding` is written.
+    """
+
+    router_order: RouterOrder
+    shared: bool
+    dense_layers: bool
+    windows: bool
+    attention_bias: AttentionBias
+    heads_fill: bool
+    tied: bool
+    portable: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Checkpoints with which an engine does something else than transformers.
+
+    Attributes:
+        engine: its name.
+        types: MoE types.
+        when: `Features` that all have to be so.
+        verdict: refuses, or differs: it computes something else without a message.
+        why: what it does, for a person.
+    """
+
+    engine: Engine
+    types: tuple[str, ...]
+    when: Mapping[str, Any] = field(default_factory=dict)
+    verdict: Verdict
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """What an engine does with a checkpoint."""
+
+    engine: Engine
+    verdict: Verdict
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.engine}: {IN_WORDS[self.verdict]}" + (f": {self.why}" if self.why else "")
+
+
+UNPADDED = "set portable=true"
+RENORMALISES = "renormalises top-k weights whatever norm_topk_prob says"
+NEVER_RENORMALISES = "never renormalises top-k weights, whatever norm_topk_prob says"
+WITH_TRANSFORMERS = "--model-impl transformers serves it exactly"
+
+# In the order in which they are met: what does not load computes nothing.
+RULES = (
+    Rule(engine="vLLM", types=("upcycled_moe",), verdict="refuses", why="it has no such type"),
+    Rule(
+        engine="vLLM",
+        types=("qwen2_moe",),
+        when={"portable": False, "shared": False},
+        verdict="refuses",
+        why=f"it takes no shared expert of width 0: {UNPADDED}",
+    ),
+    Rule(
+        engine="vLLM",
+        types=("qwen2_moe",),
+        when={"portable": False, "attention_bias": "none"},
+        verdict="differs",
+        why=f"biases of queries, keys and values that are not there it leaves uninitialised: {UNPADDED}",
+    ),
+    Rule(
+        engine="vLLM",
+        types=("qwen2_moe",),
+        when={"heads_fill": False},
+        verdict="differs",
+        why="it takes heads of the hidden size over their number, whatever head_dim says",
+    ),
+    Rule(
+        engine="vLLM",
+        types=("granitemoeshared",),
+        when={"attention_bias": "qkvo"},
+        verdict="differs",
+        why=f"it drops the biases of attention; {WITH_TRANSFORMERS}",
+    ),
+    Rule(
+        engine="vLLM",
+        types=("olmoe",),
+        when={"router_order": "topk_softmax"},
+        verdict="differs",
+        why=f"it {NEVER_RENORMALISES}; {WITH_TRANSFORMERS}",
+    ),
+    Rule(engine="llama.cpp", types=("upcycled_moe", "flex_olmo"), verdict="refuses", why="it has no such type"),
+    Rule(
+        engine="llama.cpp",
+        types=("qwen2_moe", "qwen3_moe"),
+        when={"dense_layers": True},
+        verdict="refuses",
+        why="its experts are in every layer",
+    ),
+    Rule(
+        engine="llama.cpp",
+        types=("qwen2_moe",),
+        when={"heads_fill": False},
+        verdict="refuses",
+        why="its heads fill the hidden size",
+    ),
+    Rule(
+        engine="llama.cpp",
+        types=("qwen2_moe",),
+        when={"portable": False, "tied": True},
+        verdict="refuses",
+        why=f"its head is never tied: {UNPADDED}",
+    ),
+    Rule(
+        engine="llama.cpp",
+        types=("qwen2_moe",),
+        when={"portable": False, "shared": False},
+        verdict="refuses",
+        why=f"it takes no shared expert of width 0: {UNPADDED}",
+    ),
+    Rule(
+        engine="llama.cpp",
+        types=("qwen2_moe",),
+        when={"portable": False},
+        verdict="differs",
+        why=f"a shared expert's gate of zeros gives 0/0: {UNPADDED}",
+    ),
+    Rule(
+        engine="llama.cpp",
+        types=("qwen2_moe", "olmoe"),
+        when={"router_order": "topk_softmax"},
+        verdict="differs",
+        why=f"it {NEVER_RENORMALISES}",
+    ),
+    Rule(
+        engine="llama.cpp",
+        types=("qwen3_moe",),
+        when={"router_order": "softmax_topk"},
+        verdict="differs",
+        why=f"it {RENORMALISES}",
+    ),
+    Rule(
+        engine="llama.cpp",
+        types=("mixtral", "qwen2_moe", "qwen3_moe"),
+        when={"windows": True},
+        verdict="differs",
+        why="it ignores sliding windows: right up to the window's length",
+    ),
+    Rule(engine="transformers 4.57", types=("upcycled_moe",), verdict="refuses", why="its code needs transformers 5"),
+)
+
+
+def features(model: DenseModel, moe: MoeShape, *, portable: bool) -> Features:
+    """The features of what a conversion makes."""
+    return Features(
+        router_order=moe.router_order,
+        shared=moe.shared_experts > 0,
+        dense_layers=len(moe.layers) < model.layers,
+        windows=any(model.backbone.windows),
+        attention_bias=model.backbone.attention_bias,
+        heads_fill=model.sizes["Q"] == model.hidden_size,
+        tied=model.tied,
+        portable=portable,
+    )
+
+
+def serving(model_type: str, found: Features) -> tuple[Serving, ...]:
+    """What every engine does with a checkpoint of a MoE type."""
+    has = asdict(found)
+    met: dict[Engine, Serving] = {}
+    for rule in RULES:
+        if model_type in rule.types and all(has[name] == value for name, value in rule.when.items()):
+            met.setdefault(rule.engine, Serving(engine=rule.engine, verdict=rule.verdict, why=rule.why))
+    return tuple(met.get(engine, Serving(engine=engine, verdict="exact")) for engine in ENGINES)

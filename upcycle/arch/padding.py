@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from upcycle.arch.target import Layout
+    from collections.abc import Iterable, Mapping
 
 # In config.json: the fields that speak of zeros, with what they would say without these.
 PADDED = "upcycle_padding"
@@ -47,7 +45,12 @@ class Padding:
         changed = {name: value for name, value in padded.items() if not config[name]}
         return {**changed, PADDED: {name: config[name] for name in changed}} if changed else {}
 
-    def endings(self, padded: Mapping[str, Any], layout: Layout) -> tuple[str, ...]:
-        """Names inside a layer of the tensors of zeros that a config.json with these fields in `PADDED` has."""
+    def endings(self, padded: Mapping[str, Any], shared: Iterable[str]) -> tuple[str, ...]:
+        """Names inside a layer of the tensors of zeros that a config.json with these fields in `PADDED` has.
+
+        Args:
+            padded: the fields in `PADDED`.
+            shared: names of the type's shared expert's matrices.
+        """
         biases = tuple(self.biases) if self.bias_field in padded else ()
-        return (*biases, *(layout.shared.values() if self.width_field in padded else ()))
+        return (*biases, *(shared if self.width_field in padded else ()))

@@ -30,7 +30,7 @@ def without_padding(directory: Path, target: Target) -> Any:
     padded = getattr(config, PADDED, None)
     if not padded or target.padding is None:
         return config
-    endings = target.padding.endings(padded, target.layout)
+    endings = target.padding.endings(padded, target.layout.shared.values())
     reader = open_reader(directory)
     trained = [name for name in reader.tensors if name.endswith(endings) and reader.read(name).any()]
     if trained:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import TYPE_CHECKING, Final
 
@@ -12,6 +11,7 @@ from upcycle.checkpoint.pickle import PickleReader
 from upcycle.checkpoint.safetensors import SafetensorsReader
 from upcycle.checkpoint.tensors import TensorInfo, TensorReader
 from upcycle.errors import SourceError
+from upcycle.files.json import NotJsonError, parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,8 +89,8 @@ def _chosen_weights(path: Path) -> Path | None:
 def _named_by_config(path: Path) -> Path | None:
     """The weights that config.json names (`transformers_weights`); a damaged one is for others to report."""
     try:
-        content = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError, RecursionError):
+        content = parse_json((path / "config.json").read_bytes())
+    except (OSError, NotJsonError):
         return None
     name = content.get(NAMED_BY_CONFIG) if isinstance(content, dict) else None
     if name is None:

@@ -150,7 +150,7 @@ def test_another_version_of_the_schema(tmp_path: Path, version: int | None) -> N
 def test_a_damaged_description(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", (4.0,))
     (run / "run.json").write_text("{")
-    with pytest.raises(SourceError, match=r"run\.json is damaged"):
+    with pytest.raises(SourceError, match=r"run\.json is not"):
         load_runs(run)
 
 

@@ -71,7 +71,7 @@ def test_damaged_records_are_named(tmp_path: Path) -> None:
     missing = load_sweep(tmp_path, "layers").missing
     assert missing.to_dict("records") == [{"arm": HALF, "seed": 1, "status": NOT_STARTED}]
     run.write_text("[]")
-    with pytest.raises(SourceError, match=r"run\.json is damaged"):
+    with pytest.raises(SourceError, match=r"run\.json is not"):
         load_sweep(tmp_path, "layers")
     (tmp_path / "layers.json").write_text("{")
     with pytest.raises(RecordError, match="the index of the sweep is damaged"):

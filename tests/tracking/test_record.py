@@ -91,8 +91,8 @@ GIVEN = [{"overwrite": one, "resume": other} for one, other in ((True, False), (
     [
         ('{"lr": 1}', "not a training run of upcycle"),
         ('{"config": {"lr": 1}}', "not a training run of upcycle"),
-        ("[1]", r"run\.json is damaged"),
-        ("{", r"run\.json is damaged"),
+        ("[1]", r"run\.json is not"),
+        ("{", r"run\.json is not"),
     ],
 )
 def test_what_another_project_wrote_is_left_alone(tmp_path: Path, given: dict[str, Any], run: str, says: str) -> None:
@@ -116,7 +116,7 @@ def test_a_run_of_another_schema_is_replaced_but_not_gone_on_with(tmp_path: Path
 @pytest.mark.parametrize("content", ["[]", "3", "null", '"finished"', "{", ""])
 def test_a_damaged_run_json(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(SourceError, match=r"run\.json is damaged"):
+    with pytest.raises(SourceError, match=r"run\.json is not"):
         read_run(tmp_path)
 
 

@@ -91,7 +91,7 @@ def test_the_table_shows_what_was_found(dense: Callable[[str], Path], tmp_path: 
         assert expected in text
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "damaged"), ("{}", "damaged"), ('{"format": 99}', "format")])
+@pytest.mark.parametrize(("content", "message"), [("{", "not JSON"), ("{}", "damaged"), ('{"format": 99}', "format")])
 def test_a_manifest_that_cannot_be_read(
     dense: Callable[[str], Path], tmp_path: Path, content: str, message: str
 ) -> None:

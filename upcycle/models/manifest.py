@@ -26,7 +26,9 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         manifest = read_object(file, remedy="convert again")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    found = manifest.get("format")
+    if "format" not in manifest:
+        raise SourceError("the manifest is damaged", found=f"{file} without a format", remedy="convert again")
+    found = manifest["format"]
     if found != FORMAT:
         raise SourceError(
             "the manifest has another format", found=found, expected=FORMAT, remedy="use the upcycle that wrote it"

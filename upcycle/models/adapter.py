@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Final
 
 from upcycle.checkpoint import has_weights
 from upcycle.errors import SourceError
+from upcycle.files.json import NotJsonError, parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,7 +42,7 @@ def check_no_adapter(directory: Path) -> None:
 
 def _base(file: Path) -> str:
     try:
-        name = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
+        name = parse_json(file.read_bytes())["base_model_name_or_path"]
+    except (OSError, NotJsonError, KeyError, TypeError):
         name = None
     return f"base model {name}" if name else "a base model that it does not name"

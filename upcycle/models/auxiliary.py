@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any, Final
 
+from upcycle.files.json import NotJsonError, parse_json
 from upcycle.models.adapter import ADAPTER
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ def code_references(directory: Path) -> list[str]:
 def read_tokenizer_config(directory: Path) -> dict[str, Any]:
     """The content of tokenizer_config.json; empty where there is none that can be read."""
     try:
-        content = json.loads((directory / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = parse_json((directory / TOKENIZER_CONFIG).read_bytes())
+    except (OSError, NotJsonError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -16,7 +16,7 @@ from ended import Ended
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SOON = 60  # seconds, in which all ranks have ended when one has
+SOON = 300  # seconds, in which all ranks have ended when one has, on a machine with much else to do
 WORKER = Path(__file__).with_name("worker.py")
 
 

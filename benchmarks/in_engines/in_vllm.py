@@ -35,6 +35,7 @@ def measure(case: dict[str, Any]) -> Found:
     model = LLM(
         case["directory"],
         skip_tokenizer_init=True,
+        trust_remote_code=True,
         dtype="float32",
         enforce_eager=True,
         max_model_len=longest + 1,

@@ -15,7 +15,7 @@ PLAIN = Features(
     router_order="softmax_topk",
     shared=False,
     dense_layers=False,
-    windows=False,
+    windows="none",
     attention_bias="none",
     heads_fill=True,
     tied=False,
@@ -34,13 +34,16 @@ MEASURED = [
     ("qwen2_moe", TOPK, "exact", "differs"),
     ("qwen2_moe", {"dense_layers": True}, "exact", "refuses"),
     ("qwen2_moe", {"heads_fill": False}, "differs", "refuses"),
-    ("qwen2_moe", {"windows": True}, "exact", "differs"),
+    ("qwen2_moe", {"windows": "uniform"}, "exact", "differs"),
+    ("qwen2_moe", {"windows": "mixed", "attention_bias": "qkv"}, "differs", "differs"),
     ("mixtral", TOPK, "exact", "exact"),
     ("mixtral", TOPK | {"heads_fill": False}, "exact", "exact"),
-    ("mixtral", TOPK | {"windows": True}, "exact", "differs"),
+    ("mixtral", TOPK | {"windows": "uniform"}, "exact", "differs"),
     ("qwen3_moe", {}, "exact", "differs"),
     ("qwen3_moe", TOPK, "exact", "exact"),
     ("qwen3_moe", TOPK | {"dense_layers": True}, "exact", "refuses"),
+    ("qwen3_moe", TOPK | {"attention_bias": "qkvo"}, "differs", "exact"),
+    ("granitemoeshared", TOPK | {"heads_fill": False}, "differs", "exact"),
     ("granitemoeshared", TOPK | {"shared": True}, "exact", "exact"),
     ("granitemoeshared", TOPK | {"attention_bias": "qkvo"}, "differs", "exact"),
     ("olmoe", {}, "exact", "exact"),
@@ -62,6 +65,7 @@ def test_every_engine_has_one_line_and_every_rule_its_case() -> None:
     values = {
         "router_order": ("softmax_topk", "topk_softmax"),
         "attention_bias": ("none", "qkv", "qkvo"),
+        "windows": ("none", "uniform", "mixed"),
     }
     every = [
         Features(**dict(zip(known, each, strict=True)))
@@ -85,7 +89,7 @@ def test_the_line_for_a_person() -> None:
     ("name", "asked", "expected"),
     [
         ("llama_tied", {"layers": "every_2"}, {"dense_layers": True, "tied": True}),
-        ("mistral", TOPK, {"windows": True, "heads_fill": False, "router_order": "topk_softmax"}),
+        ("mistral", TOPK, {"windows": "uniform", "heads_fill": False, "router_order": "topk_softmax"}),
         ("qwen2", {"shared_experts": 1}, {"shared": True, "attention_bias": "qkv", "tied": True}),
         ("llama_attention_bias", {"portable": False}, {"attention_bias": "qkvo", "portable": False}),
     ],

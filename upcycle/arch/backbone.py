@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+Windows = Literal["none", "uniform", "mixed"]
 Norm = Literal["rmsnorm", "rmsnorm_plus_one", "layernorm", "layernorm_plus_one", "layernorm_without_weights"]
 NormPlacement = Literal["pre", "post", "sandwich"]
 QkNorm = Literal["none", "head", "full"]
@@ -30,6 +31,13 @@ class Backbone:
     attention_bias: AttentionBias = "none"
     windows: tuple[int, ...]
     extras: tuple[str, ...] = ()
+
+
+def window_kind(windows: tuple[int, ...]) -> Windows:
+    """Whether there are sliding windows: on no layer, the same on all, or any mixture."""
+    if not any(windows):
+        return "none"
+    return "uniform" if len(set(windows)) == 1 else "mixed"
 
 
 def optional_bias(config: Any) -> AttentionBias:

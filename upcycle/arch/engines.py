@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from upcycle.arch.backbone import window_kind
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from upcycle.arch.backbone import AttentionBias
+    from upcycle.arch.backbone import AttentionBias, Windows
     from upcycle.arch.family import DenseModel
     from upcycle.arch.moe import MoeShape, RouterOrder
 
@@ -33,7 +35,7 @@ class Features:
         router_order: of softmax and top-k.
         shared: whether there are shared experts.
         dense_layers: whether some layers keep their FFN.
-        windows: whether some layer has a sliding window.
+        windows: sliding windows: none, the same on all layers, or any mixture.
         attention_bias: which projections have a bias.
         heads_fill: whether heads times their size is the hidden size.
         tied: whether the head is the embedding.
@@ -43,7 +45,7 @@ class Features:
     router_order: RouterOrder
     shared: bool
     dense_layers: bool
-    windows: bool
+    windows: Windows
     attention_bias: AttentionBias
     heads_fill: bool
     tied: bool
@@ -57,7 +59,7 @@ class Rule:
     Attributes:
         engine: its name.
         types: MoE types.
-        when: `Features` that all have to be so.
+        when: `Features` that all have to be so; a tuple holds several values that do.
         verdict: refuses, or differs: it computes something else without a message.
         why: what it does, for a person.
     """
@@ -105,10 +107,24 @@ RULES = (
     ),
     Rule(
         engine="vLLM",
-        types=("qwen2_moe",),
+        types=("qwen2_moe", "granitemoeshared"),
         when={"heads_fill": False},
         verdict="differs",
         why="it takes heads of the hidden size over their number, whatever head_dim says",
+    ),
+    Rule(
+        engine="vLLM",
+        types=("qwen2_moe",),
+        when={"windows": "mixed"},
+        verdict="differs",
+        why="it gives every layer the window",
+    ),
+    Rule(
+        engine="vLLM",
+        types=("qwen3_moe",),
+        when={"attention_bias": "qkvo"},
+        verdict="differs",
+        why="it drops the bias of attention's output",
     ),
     Rule(
         engine="vLLM",
@@ -177,11 +193,25 @@ RULES = (
     Rule(
         engine="llama.cpp",
         types=("mixtral", "qwen2_moe", "qwen3_moe"),
-        when={"windows": True},
+        when={"windows": ("uniform", "mixed")},
         verdict="differs",
         why="it ignores sliding windows: right up to the window's length",
     ),
     Rule(engine="transformers 4.57", types=("upcycled_moe",), verdict="refuses", why="its code needs transformers 5"),
+    Rule(
+        engine="transformers 4.57",
+        types=("qwen2_moe", "granitemoeshared"),
+        when={"heads_fill": False},
+        verdict="refuses",
+        why="its heads fill the hidden size",
+    ),
+    Rule(
+        engine="transformers 4.57",
+        types=("qwen2_moe",),
+        when={"windows": ("uniform", "mixed")},
+        verdict="differs",
+        why="its windows are the same in all layers, and wrong with a cache",
+    ),
 )
 
 
@@ -191,7 +221,7 @@ def features(model: DenseModel, moe: MoeShape, *, portable: bool) -> Features:
         router_order=moe.router_order,
         shared=moe.shared_experts > 0,
         dense_layers=len(moe.layers) < model.layers,
-        windows=any(model.backbone.windows),
+        windows=window_kind(model.backbone.windows),
         attention_bias=model.backbone.attention_bias,
         heads_fill=model.sizes["Q"] == model.hidden_size,
         tied=model.tied,
@@ -204,6 +234,10 @@ def serving(model_type: str, found: Features) -> tuple[Serving, ...]:
     has = asdict(found)
     met: dict[Engine, Serving] = {}
     for rule in RULES:
-        if model_type in rule.types and all(has[name] == value for name, value in rule.when.items()):
+        if model_type in rule.types and all(_is(has[name], value) for name, value in rule.when.items()):
             met.setdefault(rule.engine, Serving(engine=rule.engine, verdict=rule.verdict, why=rule.why))
     return tuple(met.get(engine, Serving(engine=engine, verdict="exact")) for engine in ENGINES)
+
+
+def _is(found: object, wanted: object) -> bool:
+    return found in wanted if isinstance(wanted, tuple) else found == wanted

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from upcycle.arch.backbone import window_kind
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from upcycle.arch.backbone import AttentionBias, Norm, NormPlacement, QkNorm
+    from upcycle.arch.backbone import AttentionBias, Norm, NormPlacement, QkNorm, Windows
     from upcycle.arch.family import DenseModel
     from upcycle.arch.moe import MoeShape, RouterOrder
     from upcycle.arch.padding import Padding
@@ -92,7 +94,7 @@ class Target:
     norm_placement: NormPlacement = "pre"
     qk_norm: QkNorm = "none"
     attention_bias: tuple[AttentionBias, ...] = ("none",)
-    windows: Literal["none", "uniform", "mixed"] = "none"
+    windows: Windows = "none"
     router_orders: tuple[RouterOrder, ...] = ("softmax_topk", "topk_softmax")
     shared: bool = False
     dense_layers: bool = False
@@ -118,7 +120,7 @@ class Target:
             ("norm placement", backbone.norm_placement, (self.norm_placement,)),
             ("query/key norm", backbone.qk_norm, self._equivalent_qk_norms(model)),
             ("attention bias", backbone.attention_bias, self.attention_bias),
-            ("sliding windows", _window_kind(backbone.windows), _expressible_windows(self.windows)),
+            ("sliding windows", window_kind(backbone.windows), _expressible_windows(self.windows)),
         ]
         for name, value, allowed in pairs:
             if value not in allowed:
@@ -148,12 +150,6 @@ class Target:
 
 # All that a type whose routers take the top-k of all experts can do for groups.
 _PLAIN_TOP_K = "tied (the router rows of a group stay equal, so that its top-k keeps groups whole) or free"
-
-
-def _window_kind(windows: tuple[int, ...]) -> str:
-    if not any(windows):
-        return "none"
-    return "uniform" if len(set(windows)) == 1 else "mixed"
 
 
 def _expressible_windows(widest: str) -> tuple[str, ...]:

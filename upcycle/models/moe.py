@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from upcycle.arch.backbone import layer_windows, optional_bias
+from upcycle.arch.backbone import layer_windows, optional_bias, window_kind
 from upcycle.arch.engines import Features
 from upcycle.arch.families import FAMILIES
 from upcycle.arch.padding import PADDED
@@ -144,7 +144,7 @@ def config_features(target: Target, config: Any, *, portable: bool) -> Features:
         router_order="topk_softmax" if moe.router_order == "topk_softmax" else "softmax_topk",
         shared=moe.shared_width > 0,
         dense_layers=len(moe.layers) < moe.layer_count,
-        windows=any(layer_windows(text)),
+        windows=window_kind(layer_windows(text)),
         attention_bias="qkv" if getattr(text, "qkv_bias", False) else optional_bias(text),
         heads_fill=head * text.num_attention_heads == text.hidden_size,
         tied=text.tie_word_embeddings,

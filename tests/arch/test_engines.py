@@ -18,6 +18,7 @@ PLAIN = Features(
     windows="none",
     attention_bias="none",
     heads_fill=True,
+    rope="default",
     tied=False,
     portable=True,
 )
@@ -42,8 +43,10 @@ MEASURED = [
     ("qwen3_moe", {}, "exact", "differs"),
     ("qwen3_moe", TOPK, "exact", "exact"),
     ("qwen3_moe", TOPK | {"dense_layers": True}, "exact", "refuses"),
-    ("qwen3_moe", TOPK | {"attention_bias": "qkvo"}, "differs", "exact"),
-    ("granitemoeshared", TOPK | {"heads_fill": False}, "differs", "exact"),
+    ("qwen2_moe", {"rope": "llama3"}, "exact", "differs"),
+    ("mixtral", TOPK | {"rope": "llama3"}, "exact", "exact"),
+    ("qwen3_moe", TOPK | {"attention_bias": "qkvo"}, "differs", "refuses"),
+    ("granitemoeshared", TOPK | {"heads_fill": False}, "differs", "refuses"),
     ("granitemoeshared", TOPK | {"shared": True}, "exact", "exact"),
     ("granitemoeshared", TOPK | {"attention_bias": "qkvo"}, "differs", "exact"),
     ("olmoe", {}, "exact", "exact"),
@@ -66,6 +69,7 @@ def test_every_engine_has_one_line_and_every_rule_its_case() -> None:
         "router_order": ("softmax_topk", "topk_softmax"),
         "attention_bias": ("none", "qkv", "qkvo"),
         "windows": ("none", "uniform", "mixed"),
+        "rope": ("default", "llama3"),
     }
     every = [
         Features(**dict(zip(known, each, strict=True)))
@@ -88,7 +92,7 @@ def test_the_line_for_a_person() -> None:
 @pytest.mark.parametrize(
     ("name", "asked", "expected"),
     [
-        ("llama_tied", {"layers": "every_2"}, {"dense_layers": True, "tied": True}),
+        ("llama_tied", {"layers": "every_2"}, {"dense_layers": True, "tied": True, "rope": "llama3"}),
         ("mistral", TOPK, {"windows": "uniform", "heads_fill": False, "router_order": "topk_softmax"}),
         ("qwen2", {"shared_experts": 1}, {"shared": True, "attention_bias": "qkv", "tied": True}),
         ("llama_attention_bias", {"portable": False}, {"attention_bias": "qkvo", "portable": False}),

@@ -55,6 +55,11 @@ def layer_windows(config: Any) -> tuple[int, ...]:
     return (window,) * layers
 
 
+def rope_type(config: Any) -> str:
+    """Kind of rotary scaling of a transformers configuration; "default" where there is none."""
+    return str((getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"))
+
+
 def rope_extras(config: Any) -> tuple[str, ...]:
     """The rotary features that no native MoE type reads."""
     factor = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from upcycle.arch.backbone import window_kind
+from upcycle.arch.backbone import rope_type, window_kind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,6 +38,7 @@ class Features:
         windows: sliding windows: none, the same on all layers, or any mixture.
         attention_bias: which projections have a bias.
         heads_fill: whether heads times their size is the hidden size.
+        rope: kind of rotary scaling, as config.json has it.
         tied: whether the head is the embedding.
         portable: whether the type's `Padding` is written.
     """
@@ -48,6 +49,7 @@ class Features:
     windows: Windows
     attention_bias: AttentionBias
     heads_fill: bool
+    rope: str
     tied: bool
     portable: bool
 
@@ -150,7 +152,14 @@ RULES = (
     ),
     Rule(
         engine="llama.cpp",
-        types=("qwen2_moe",),
+        types=("qwen3_moe",),
+        when={"attention_bias": "qkvo"},
+        verdict="refuses",
+        why="its attention has no biases",
+    ),
+    Rule(
+        engine="llama.cpp",
+        types=("qwen2_moe", "granitemoeshared"),
         when={"heads_fill": False},
         verdict="refuses",
         why="its heads fill the hidden size",
@@ -192,6 +201,13 @@ RULES = (
     ),
     Rule(
         engine="llama.cpp",
+        types=("qwen2_moe",),
+        when={"rope": "llama3"},
+        verdict="differs",
+        why="its converter leaves the rotary scaling of Llama 3 out",
+    ),
+    Rule(
+        engine="llama.cpp",
         types=("mixtral", "qwen2_moe", "qwen3_moe"),
         when={"windows": ("uniform", "mixed")},
         verdict="differs",
@@ -224,6 +240,7 @@ def features(model: DenseModel, moe: MoeShape, *, portable: bool) -> Features:
         windows=window_kind(model.backbone.windows),
         attention_bias=model.backbone.attention_bias,
         heads_fill=model.sizes["Q"] == model.hidden_size,
+        rope=rope_type(model.config),
         tied=model.tied,
         portable=portable,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from upcycle.arch.backbone import layer_windows, optional_bias, window_kind
+from upcycle.arch.backbone import layer_windows, optional_bias, rope_type, window_kind
 from upcycle.arch.engines import Features
 from upcycle.arch.families import FAMILIES
 from upcycle.arch.padding import PADDED
@@ -146,6 +146,7 @@ def config_features(target: Target, config: Any, *, portable: bool) -> Features:
         dense_layers=len(moe.layers) < moe.layer_count,
         windows=window_kind(layer_windows(text)),
         attention_bias="qkv" if getattr(text, "qkv_bias", False) else optional_bias(text),
+        rope=rope_type(text),
         heads_fill=head * text.num_attention_heads == text.hidden_size,
         tied=text.tie_word_embeddings,
         portable=portable,

@@ -45,6 +45,8 @@ MEASURED = [
     ("qwen3_moe", TOPK | {"dense_layers": True}, "exact", "refuses"),
     ("qwen2_moe", {"rope": "llama3"}, "exact", "differs"),
     ("mixtral", TOPK | {"rope": "llama3"}, "exact", "exact"),
+    ("qwen3_moe", TOPK | {"rope": "llama3"}, "exact", "differs"),
+    ("granitemoeshared", TOPK | {"rope": "llama3"}, "exact", "refuses"),
     ("qwen3_moe", TOPK | {"attention_bias": "qkvo"}, "differs", "refuses"),
     ("granitemoeshared", TOPK | {"heads_fill": False}, "differs", "refuses"),
     ("granitemoeshared", TOPK | {"shared": True}, "exact", "exact"),

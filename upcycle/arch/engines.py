@@ -201,7 +201,14 @@ RULES = (
     ),
     Rule(
         engine="llama.cpp",
-        types=("qwen2_moe",),
+        types=("granitemoeshared",),
+        when={"rope": "llama3"},
+        verdict="refuses",
+        why="it has no rotary scaling of Llama 3",
+    ),
+    Rule(
+        engine="llama.cpp",
+        types=("qwen2_moe", "qwen3_moe"),
         when={"rope": "llama3"},
         verdict="differs",
         why="its converter leaves the rotary scaling of Llama 3 out",

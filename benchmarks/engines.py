@@ -1,6 +1,6 @@
 """What vLLM, llama.cpp and transformers 4.57 make of what `convert` and `export` write: `make test-engines`.
 
-    python benchmarks/engines.py ENVIRONMENTS [--only TEXT] [--engine NAME ...] [--output FILE]
+    python benchmarks/engines.py ENVIRONMENTS [--only EXPRESSION] [--engine NAME ...] [--output FILE]
 
 ENVIRONMENTS is a directory with an environment for each engine, which the Makefile builds. Small random models of every
 family and feature that decides what an engine does are converted to every native type; their greedy tokens are compared
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -82,6 +83,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e5, "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0}
 WINDOWS = {"sliding_window": WINDOW, "use_sliding_window": True}
 DENSE: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
@@ -89,6 +91,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "llama biases": {"model_type": "llama", "attention_bias": True},
     "llama wide heads": {"model_type": "llama", "head_dim": 64},
     "llama llama3": {"model_type": "llama", "rope_parameters": LLAMA3},
+    "llama linear": {"model_type": "llama", "rope_parameters": LINEAR},
     "llama yarn": {"model_type": "llama", "rope_parameters": YARN},
     "mistral windows": {"model_type": "mistral", "sliding_window": WINDOW},
     "phi3": {"model_type": "phi3"},
@@ -98,6 +101,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
     "qwen3 tied": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
     "qwen3 wide heads": {"model_type": "qwen3", "head_dim": 64},
+    "qwen3 yarn": {"model_type": "qwen3", "head_dim": 32, "rope_parameters": YARN},
     "qwen3 llama3": {"model_type": "qwen3", "head_dim": 32, "rope_parameters": LLAMA3},
     "qwen3 windows": {"model_type": "qwen3", "head_dim": 32, **WINDOWS, "max_window_layers": 0},
     "qwen3 biases": {"model_type": "qwen3", "head_dim": 32, "attention_bias": True},
@@ -134,8 +138,11 @@ CASES: list[tuple[str, ...]] = [
     ("llama llama3", "target=qwen2_moe"),
     ("llama llama3", "target=mixtral", TOPK),
     ("llama llama3", "target=granitemoeshared", TOPK),
+    ("llama linear", "target=qwen2_moe"),
+    ("llama linear", "target=mixtral", TOPK),
     ("llama yarn", "target=qwen2_moe"),
     ("llama yarn", "target=mixtral", TOPK),
+    ("llama yarn", "target=granitemoeshared", TOPK),
     ("mistral windows", "target=qwen2_moe"),
     ("mistral windows", "target=mixtral", TOPK),
     ("phi3", "target=qwen2_moe"),
@@ -151,6 +158,7 @@ CASES: list[tuple[str, ...]] = [
     ("qwen3 tied", "target=qwen3_moe", TOPK),
     ("qwen3 wide heads", "target=qwen3_moe", TOPK),
     ("qwen3 llama3", "target=qwen3_moe", TOPK),
+    ("qwen3 yarn", "target=qwen3_moe", TOPK),
     ("qwen3 windows", "target=qwen3_moe", TOPK),
     ("qwen3 biases", "target=qwen3_moe", TOPK),
     ("qwen3 one head", "target=olmoe"),
@@ -330,14 +338,14 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("environments", type=Path)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="a regular expression for the names of cases")
     parser.add_argument("--engine", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     environments = given.environments.absolute()
     with quietly(), tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
-        cases = list(prepared([case for case in CASES if given.only in name_of(case)], work))
+        cases = list(prepared([case for case in CASES if re.search(given.only, name_of(case))], work))
         found = {engine: measured(engine, cases, environments, work) for engine in given.engine}
     rows = [
         {

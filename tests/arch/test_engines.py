@@ -45,6 +45,7 @@ MEASURED = [
     ("qwen3_moe", TOPK | {"dense_layers": True}, "exact", "refuses"),
     ("qwen2_moe", {"rope": "llama3"}, "exact", "differs"),
     ("mixtral", TOPK | {"rope": "llama3"}, "exact", "exact"),
+    ("mixtral", TOPK | {"rope": "dynamic"}, "unmeasured", "unmeasured"),
     ("qwen3_moe", TOPK | {"rope": "llama3"}, "exact", "differs"),
     ("granitemoeshared", TOPK | {"rope": "llama3"}, "exact", "refuses"),
     ("qwen3_moe", TOPK | {"attention_bias": "qkvo"}, "differs", "refuses"),
@@ -71,7 +72,7 @@ def test_every_engine_has_one_line_and_every_rule_its_case() -> None:
         "router_order": ("softmax_topk", "topk_softmax"),
         "attention_bias": ("none", "qkv", "qkvo"),
         "windows": ("none", "uniform", "mixed"),
-        "rope": ("default", "llama3"),
+        "rope": ("default", "llama3", "dynamic"),
     }
     every = [
         Features(**dict(zip(known, each, strict=True)))

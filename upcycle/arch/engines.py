@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from upcycle.arch.moe import MoeShape, RouterOrder
 
 Engine = Literal["vLLM", "llama.cpp", "transformers 4.57"]
-Verdict = Literal["exact", "refuses", "differs"]
+Verdict = Literal["exact", "refuses", "differs", "unmeasured"]
 ENGINES: tuple[Engine, ...] = ("vLLM", "llama.cpp", "transformers 4.57")
 IN_WORDS: Mapping[Verdict, str] = {
     "exact": "served exactly",
     "refuses": "does not load it",
     "differs": "computes something else",
+    "unmeasured": "not measured",
 }
 
 
@@ -62,7 +63,7 @@ class Rule:
         engine: its name.
         types: MoE types.
         when: `Features` that all have to be so; a tuple holds several values that do.
-        verdict: refuses, or differs: it computes something else without a message.
+        verdict: refuses, or differs: it computes something else without a message; or unmeasured.
         why: what it does, for a person.
     """
 
@@ -234,6 +235,16 @@ RULES = (
         when={"windows": ("uniform", "mixed")},
         verdict="differs",
         why="its windows are the same in all layers, and wrong with a cache",
+    ),
+    *(
+        Rule(
+            engine=engine,
+            types=("mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo", "olmoe", "granitemoeshared"),
+            when={"rope": ("dynamic", "longrope")},
+            verdict="unmeasured",
+            why="rotary scaling of this kind",
+        )
+        for engine in ENGINES
     ),
 )
 

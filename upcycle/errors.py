@@ -73,6 +73,12 @@ def near_misses(name: str, known: Iterable[str]) -> str:
     return did_you_mean(name, known) or f"known: {', '.join(known)}"
 
 
+def listed(names: Sequence[object], *, shown: int = 5) -> str:
+    """The first names, and how many more there are, such as "a, b and 3 more"."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(map(str, names[:shown])) + more
+
+
 def nearest(value: int, valid: Sequence[int]) -> str:
     """The neighbours of a number among sorted ones, such as "4 or 6"."""
     below = [v for v in valid if v < value][-1:]

@@ -21,7 +21,7 @@ from upcycle.checkpoint.gguf_keys import refusal
 from upcycle.checkpoint.gguf_meaning import configuration, honoured
 from upcycle.checkpoint.gguf_rope import ROPE_TENSORS
 from upcycle.checkpoint.tensors import TensorInfo
-from upcycle.errors import SourceError
+from upcycle.errors import SourceError, listed
 from upcycle.options.extras import need
 
 if TYPE_CHECKING:
@@ -114,8 +114,7 @@ class GgufReader:
     def _check_all_placed(self, path: Path, model_type: str) -> None:
         unplaced = sorted(self._stored.keys() - self._hf_names.keys() - ROPE_TENSORS)
         if unplaced:
-            more = f" and {len(unplaced) - 5} more" if len(unplaced) > 5 else ""
-            raise refusal(path, ", ".join(unplaced[:5]) + more, f"tensors that a {model_type} model has a place for")
+            raise refusal(path, listed(unplaced), f"tensors that a {model_type} model has a place for")
 
     def _present(self) -> list[str]:
         return [name for name in self._stored if name in self._hf_names]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from upcycle.errors import SourceError
+from upcycle.errors import listed as first_of
 from upcycle.files.json import read_object
 
 if TYPE_CHECKING:
@@ -87,10 +88,9 @@ def check_stored(index: Path, listed: Mapping[str, Path], tensors: Mapping[str, 
         if name not in tensors or tensors[name].file != file
     ]
     if wrong:
-        more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise SourceError(
             f"{index} and the files it names disagree",
-            found=f"listed but not stored: {', '.join(wrong[:_SHOWN])}{more}",
+            found=f"listed but not stored: {first_of(wrong, shown=_SHOWN)}",
             expected="every listed tensor in the file that the index names",
             remedy="the files come from different versions of the model; download them all again",
         )
@@ -126,6 +126,11 @@ def gathered(
         tensors[info.name] = taken
         copies.append(left)
     return tensors, copies
+
+
+def unlisted(tensors: Mapping[str, TensorInfo], listed: Mapping[str, Path] | None) -> frozenset[str]:
+    """Names of the tensors that an index does not list; none where there is no index."""
+    return frozenset(tensors) - frozenset(listed) if listed is not None else frozenset()
 
 
 def check_copies(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from upcycle.checkpoint.dtypes import dtype_code
-from upcycle.checkpoint.index import check_copies, gathered
+from upcycle.checkpoint.index import check_copies, gathered, unlisted
 from upcycle.checkpoint.pointer import is_pointer, not_downloaded
 from upcycle.checkpoint.tensors import TensorInfo
 from upcycle.errors import SourceError
@@ -38,7 +38,7 @@ class PickleReader:
         self.files = tuple(sorted(files))
         self._values = {file: _load(file) for file in self.files}
         self.tensors, copies = gathered(self._stored(), listed)
-        self.unlisted = frozenset(self.tensors if listed is not None else ()) - frozenset(listed or ())
+        self.unlisted = unlisted(self.tensors, listed)
         check_copies(self.tensors, copies, self._read)
 
     def read(self, name: str) -> torch.Tensor:

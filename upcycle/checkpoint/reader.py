@@ -11,7 +11,7 @@ from upcycle.checkpoint.pickle import PickleReader
 from upcycle.checkpoint.safetensors import SafetensorsReader
 from upcycle.checkpoint.tensors import TensorInfo, TensorReader
 from upcycle.errors import SourceError
-from upcycle.files.json import NotJsonError, parse_json
+from upcycle.files.json import object_or_empty
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,11 +88,7 @@ def _chosen_weights(path: Path) -> Path | None:
 
 def _named_by_config(path: Path) -> Path | None:
     """The weights that config.json names (`transformers_weights`); a damaged one is for others to report."""
-    try:
-        content = parse_json((path / "config.json").read_bytes())
-    except (OSError, NotJsonError):
-        return None
-    name = content.get(NAMED_BY_CONFIG) if isinstance(content, dict) else None
+    name = object_or_empty(path / "config.json").get(NAMED_BY_CONFIG)
     if name is None:
         return None
     endings = (".safetensors", ".safetensors" + INDEX_SUFFIX)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from safetensors import safe_open
 
 from upcycle.checkpoint.dtypes import TORCH_DTYPES
-from upcycle.checkpoint.index import check_copies, gathered
+from upcycle.checkpoint.index import check_copies, gathered, unlisted
 from upcycle.checkpoint.pointer import POINTER, not_downloaded
 from upcycle.checkpoint.tensors import TensorInfo
 from upcycle.errors import SourceError
@@ -43,7 +43,7 @@ class SafetensorsReader:
         self.files = tuple(sorted(files))
         self._open: dict[Path, Any] = {}
         self.tensors, copies = gathered((info for file in self.files for info in read_header(file)), listed)
-        self.unlisted = frozenset(self.tensors if listed is not None else ()) - frozenset(listed or ())
+        self.unlisted = unlisted(self.tensors, listed)
         check_copies(self.tensors, copies, self._read)
 
     def read(self, name: str) -> torch.Tensor:

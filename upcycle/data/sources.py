@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.data.rows import HEAD, looks_like_rows, no_field, opened, reader_of
-from upcycle.errors import ConfigError, SourceError
+from upcycle.errors import ConfigError, SourceError, listed
 from upcycle.options.extras import need
 
 if TYPE_CHECKING:
@@ -96,8 +96,7 @@ def _warn_of_rows(files: Iterable[Path]) -> None:
     texts = [file for file in files if reader_of(file) is None]
     rows = [file for file in texts if looks_like_rows(_head(file))]
     if rows:
-        more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-        names = ", ".join(map(str, rows[:3])) + more
+        names = listed(rows, shown=3)
         _log.warning("rows of JSON, taken as one document each, braces and all: %s (rename to .jsonl or .json)", names)
 
 

@@ -65,6 +65,15 @@ def read_object(file: Path, *, remedy: str) -> dict[str, Any]:
     return content
 
 
+def object_or_empty(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none that can be read, which is for others to report."""
+    try:
+        content = parse_json(file.read_bytes())
+    except (OSError, NotJsonError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def check_objects(directory: Path, names: Iterable[str]) -> None:
     """Check files that another library is about to read, as far as they are there.
 

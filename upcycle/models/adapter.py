@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from upcycle.checkpoint import has_weights
 from upcycle.errors import SourceError
-from upcycle.files.json import NotJsonError, parse_json
+from upcycle.files.json import object_or_empty
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,8 +41,5 @@ def check_no_adapter(directory: Path) -> None:
 
 
 def _base(file: Path) -> str:
-    try:
-        name = parse_json(file.read_bytes())["base_model_name_or_path"]
-    except (OSError, NotJsonError, KeyError, TypeError):
-        name = None
+    name = object_or_empty(file).get("base_model_name_or_path")
     return f"base model {name}" if name else "a base model that it does not name"

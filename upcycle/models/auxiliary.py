@@ -6,7 +6,7 @@ import re
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any, Final
 
-from upcycle.files.json import NotJsonError, parse_json
+from upcycle.files.json import object_or_empty
 from upcycle.models.adapter import ADAPTER
 
 if TYPE_CHECKING:
@@ -70,11 +70,7 @@ def code_references(directory: Path) -> list[str]:
 
 def read_tokenizer_config(directory: Path) -> dict[str, Any]:
     """The content of tokenizer_config.json; empty where there is none that can be read."""
-    try:
-        content = parse_json((directory / TOKENIZER_CONFIG).read_bytes())
-    except (OSError, NotJsonError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return object_or_empty(directory / TOKENIZER_CONFIG)
 
 
 def _matching(directory: Path, patterns: Iterable[str]) -> set[Path]:

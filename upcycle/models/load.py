@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from upcycle.errors import ConfigError, SourceError
+from upcycle.errors import ConfigError, SourceError, listed
 from upcycle.files.json import check_objects
 from upcycle.models.config import load_config
 from upcycle.options.extras import need
@@ -95,10 +95,9 @@ def from_pretrained(kind: Any, place: Path | None, **arguments: Any) -> PreTrain
     shapes = {name: own for name, shape, own in info["mismatched_keys"] if math.prod(shape) and math.prod(own)}
     missing = sorted({*info["missing_keys"], *shapes})
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise SourceError(
             "the checkpoint lacks tensors",
-            found=f"{place} without {', '.join(missing[:5])}{more}",
+            found=f"{place} without {listed(missing)}",
             remedy="take the complete checkpoint",
         )
     text = model.config.get_text_config()

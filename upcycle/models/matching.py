@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from upcycle.errors import SourceError, near_misses
+from upcycle.errors import SourceError, listed, near_misses
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -18,7 +18,6 @@ WRAPPERS = {
     "_orig_mod.": "save the model inside torch.compile: model._orig_mod.save_pretrained(DIR)",
     "base_model.model.": "merge the adapter first: model.merge_and_unload().save_pretrained(DIR)",
 }
-_SHOWN = 5
 _log = logging.getLogger("upcycle")
 
 
@@ -47,12 +46,12 @@ def match_names(
             unknown.append(name)
     extra = [name for name in unknown if name in unlisted]
     if extra:
-        _log.warning("not read, since no index lists them and the model has no place for them: %s", _listed(extra))
+        _log.warning("not read, since no index lists them and the model has no place for them: %s", listed(extra))
     strangers = [name for name in unknown if name not in unlisted]
     if strangers:
         raise _wrapped(strangers, shapes, expected) or SourceError(
             f"the source has tensors that a {family.model_type} model does not have",
-            found=_listed(strangers),
+            found=listed(strangers),
             expected=near_misses(strangers[0], expected) if len(expected) < 5000 else "names of the architecture",
             remedy="check model_type in config.json; merge adapters and remove extra heads first",
         )
@@ -63,7 +62,7 @@ def match_names(
         raise SourceError(
             f"the source lacks tensors of a {family.model_type} model",
             found=f"{len(stored)} tensors",
-            expected=_listed(missing),
+            expected=listed(missing),
             remedy="download the complete checkpoint",
         )
     for name, file_name in stored.items():
@@ -93,8 +92,3 @@ def _wrapped(
         expected=strangers[0].removeprefix(prefix),
         remedy=remedies[0] if remedies else "save the model inside the wrapper with its own save_pretrained(DIR)",
     )
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -65,10 +65,10 @@ def export(config: ExportConfig, *, more: Mapping[str, str] | None = None) -> Pa
     run = read_own_run(directory)
     content = exported_checkpoint(directory / CHECKPOINTS / f"{config.checkpoint}.ckpt")
     trained = TypeAdapter(TrainConfig).validate_python(run["config"])
-    dtype = getattr(torch, config.dtype)
+    weights, dtype = own_weights(content["state_dict"]), getattr(torch, config.dtype)
     with quietly():
         groups = groups_at(trained.router, step=content["global_step"], steps=run["steps"]) or trained.moe.groups
-        model, moe = _model(directory / MODEL, trained, run["manifest"], own_weights(content["state_dict"]), groups)
+        model, moe = _model(directory / MODEL, trained, run["manifest"], weights, groups)
         nn.Module.to(model, dtype)
         target = TARGETS.get(model.config.model_type)
         fingerprint = hashlib.sha256(json.dumps([run["config"], content["global_step"]]).encode()).hexdigest()
@@ -98,7 +98,7 @@ def export(config: ExportConfig, *, more: Mapping[str, str] | None = None) -> Pa
             )
             for name, text in {"README.md": card, **(more or {})}.items():
                 staging.write_text(name, text)
-            _check_loads(staging.directory, written, model, own_weights(content["state_dict"]))
+            _check_loads(staging.directory, written, model, weights)
             staging.commit()
     return output
 

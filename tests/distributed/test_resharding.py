@@ -115,7 +115,12 @@ def test_damaged_shards(name: str, expected: str, place: Path) -> None:
 
 def test_exported(place: Path, tmp_path: Path) -> None:
     config = ExportConfig(
-        run=str(place / "fewer"), output=str(tmp_path / "moe"), checkpoint="last", dtype="float32", overwrite=False
+        run=str(place / "fewer"),
+        output=str(tmp_path / "moe"),
+        checkpoint="last",
+        dtype="float32",
+        portable=False,
+        overwrite=False,
     )
     found = load(export(config)).state_dict()
     trained = read_checkpoint(place / "fewer/checkpoints/last.ckpt")["state_dict"]

@@ -46,6 +46,7 @@ def options(source: Path | str, output: Path | str, *, init: str = "virtual_grou
         top_k=2,
         router_order="softmax_topk",
         shared_experts=0,
+        shared_neurons=None,
         layers="all",
         groups="auto",
     )
@@ -103,7 +104,7 @@ def described(name: str, **changes: Any) -> DenseModel:
 def planned(model: DenseModel, **changes: Any) -> Plan:
     """The plan for a model of which only the config is there."""
     request = options("source", "output", **changes)
-    moe = moe_shape(request.moe, request.init, ffn_width=model.ffn_width, layers=model.layers)
+    moe = moe_shape(request.moe, request.init, ffn_width=model.ffn_width, layers=model.ffn_layers)
     target, why = select_target(request.target, model, moe, portable=request.portable)
     moe = settled(moe, request.init, target)
     dtypes, masses = dict.fromkeys(model.tensors(), "F32"), dict.fromkeys(moe.layers, expected_mass(moe))

@@ -40,6 +40,8 @@ _GPT2 = {
 }
 _GPT2 |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 _GEMMA = {"head_dim": 8}
+_HYBRID = {"hybrid_override_pattern": "M-*-", "num_hidden_layers": 4, "head_dim": 8, "n_groups": 2, "ssm_state_size": 8}
+_HYBRID |= {"mamba_num_heads": 4, "mamba_head_dim": 8, "chunk_size": 8}
 _SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW}
 _BIASES = {"attention_bias": True, "mlp_bias": True}
 LLAMA3 = {
@@ -81,6 +83,20 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2_untied": {"model_type": "gpt2", **_GPT2, "tie_word_embeddings": False, "activation_function": "relu"},
     "nemotron": {"model_type": "nemotron"},
     "nemotron_biases": {"model_type": "nemotron", **_BIASES, "tie_word_embeddings": True},
+    "nemotron_h": {"model_type": "nemotron_h", **_HYBRID},
+    "nemotron_h_runs": {
+        "model_type": "nemotron_h",
+        **_HYBRID,
+        "hybrid_override_pattern": "MM*---",
+        "num_hidden_layers": 6,
+    },
+    "nemotron_h_biases": {
+        "model_type": "nemotron_h",
+        **_HYBRID,
+        "mlp_bias": True,
+        "use_bias": True,
+        "use_conv_bias": False,
+    },
 }
 # One model for every family, for what need not be repeated with every option.
 ONE_PER_FAMILY = tuple({fields["model_type"]: name for name, fields in reversed(MODELS.items())}.values())

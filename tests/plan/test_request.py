@@ -13,7 +13,7 @@ from upcycle.convert.prepare import parse_size
 from upcycle.errors import ConfigError
 from upcycle.plan.request import check_init, moe_layers, moe_shape
 
-WIDTH, LAYERS = 96, 6
+WIDTH, LAYERS = 96, range(6)
 
 
 def shape(**changes):

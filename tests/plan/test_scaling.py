@@ -20,7 +20,9 @@ GRANULARITIES = st.integers(min_value=1, max_value=64)
 
 def shape(order, *, expansion=8, granularity=8, top_k=8):
     sizes = {"expansion": expansion, "granularity": granularity, "top_k": top_k}
-    return MoeShape(**sizes, router_order=order, shared_experts=0, layers=(0,), groups="free")
+    return MoeShape(
+        **sizes, router_order=order, shared="copies", shared_width=0, expert_width=1, layers=(0,), groups="free"
+    )
 
 
 @pytest.mark.parametrize(

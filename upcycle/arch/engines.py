@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from upcycle.arch.backbone import AttentionBias, Windows
     from upcycle.arch.family import DenseModel
-    from upcycle.arch.moe import MoeShape, RouterOrder
+    from upcycle.arch.moe import MoeShape
 
 Engine = Literal["vLLM", "llama.cpp", "transformers 4.57"]
 Verdict = Literal["exact", "refuses", "differs", "unmeasured"]
@@ -44,7 +44,7 @@ class Features:
         portable: whether the type's `Padding` is written.
     """
 
-    router_order: RouterOrder
+    router_order: str
     shared: bool
     dense_layers: bool
     windows: Windows
@@ -253,8 +253,8 @@ def features(model: DenseModel, moe: MoeShape, *, portable: bool) -> Features:
     """The features of what a conversion makes."""
     return Features(
         router_order=moe.router_order,
-        shared=moe.shared_experts > 0,
-        dense_layers=len(moe.layers) < model.layers,
+        shared=moe.shared_width > 0,
+        dense_layers=len(moe.layers) < len(model.ffn_layers),
         windows=window_kind(model.backbone.windows),
         attention_bias=model.backbone.attention_bias,
         heads_fill=model.sizes["Q"] == model.hidden_size,

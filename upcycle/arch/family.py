@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Role = Literal["gate", "up", "down"]
 Shape = tuple[int, ...]
+ONLY = "block"  # the kind of a family whose layers are all alike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,37 +58,80 @@ class Ffn:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kind:
+    """One kind of layers.
+
+    Attributes:
+        tensors: those of one layer, without the FFN's: name inside the layer -> symbolic shape.
+        optional: more of them, by the config flag that turns them on.
+        ffn: the FFN's matrices; None where a layer of this kind has none.
+        experts: a mixture of experts stands where an FFN would; a dense model has no such layers.
+    """
+
+    tensors: Mapping[str, str]
+    optional: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    ffn: Ffn | None = None
+    experts: bool = False
+
+
+def block(
+    tensors: Mapping[str, str], *, optional: Mapping[str, Mapping[str, str]] | None = None, ffn: Ffn | None = None
+) -> Mapping[str, Kind]:
+    """The only kind of a family whose layers are all alike: attention, and an FFN."""
+    return {ONLY: Kind(tensors=tensors, optional=optional or {}, ffn=ffn or Ffn())}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A dense architecture as data.
 
     Shapes are products of symbols: H hidden size, F FFN width, V vocabulary, Q all query heads, K all key heads,
-    D one head, P positions; "3*H" and sums such as "Q+2*K" are allowed.
+    D one head, P positions, and those of `sizes`; "3*H" and sums such as "Q+2*K" are allowed.
 
     Attributes:
         model_type: transformers' name.
-        layer: prefix of a layer's tensors.
-        ffn: the FFN's matrices.
+        layer: prefix of a layer's tensors on disk.
         outer: tensors outside the layers, without the head.
-        per_layer: tensors of one layer, without the FFN's.
-        optional: more tensors of one layer, by the config flag that turns them on.
+        kinds: its kinds of layers by name; those that have an FFN have the same.
+        pattern: the kind of every layer, by the fields of config.json; None where there is only one kind.
+        sizes: more symbols, from the config.
         native_names: what a native MoE type calls parts of fused tensors.
         activation: config field that names the activation.
         backbone: describes the rest of the model from its config.
         ignored: name endings of buffers that old checkpoints carry and no model reads.
         base_prefix: what the base model's tensors lack when it was saved without its head.
+        module_prefix: what stands for `base_prefix` in memory, where it is something else.
+        ties_embeddings: whether config.json's tie_word_embeddings has an effect.
     """
 
     model_type: str
     layer: str = "model.layers.{layer}."
-    ffn: Ffn = field(default_factory=Ffn)
     outer: Mapping[str, str]
-    per_layer: Mapping[str, str]
-    optional: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    kinds: Mapping[str, Kind]
+    pattern: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
+    sizes: Callable[[Any], Mapping[str, int]] | None = None
     native_names: Mapping[str, Rows] = field(default_factory=dict)
     activation: str = "hidden_act"
     backbone: Callable[[Any], Backbone]
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
     base_prefix: str = "model."
+    module_prefix: str | None = None
+    ties_embeddings: bool = True
+
+    @property
+    def ffn(self) -> Ffn:
+        """The FFN of the layers that have one."""
+        return next(kind.ffn for kind in self.kinds.values() if kind.ffn)
+
+    def in_memory(self, name: str) -> str:
+        """What a tensor, or a prefix of some, is called in memory."""
+        if self.module_prefix is None or not name.startswith(self.base_prefix):
+            return name
+        return self.module_prefix + name.removeprefix(self.base_prefix)
+
+    def layer_kinds(self, fields: Mapping[str, Any], layers: int) -> tuple[str, ...]:
+        """The kind of every layer of a model with these fields in config.json."""
+        return self.pattern(fields) if self.pattern else (next(iter(self.kinds)),) * layers
 
     @property
     def embedding(self) -> str:
@@ -97,16 +141,33 @@ class Family:
 
 @dataclass(frozen=True, kw_only=True)
 class DenseModel:
-    """One dense model: its family with the numbers of its config filled in."""
+    """One dense model: its family with the numbers of its config filled in.
+
+    Attributes:
+        family: see there.
+        config: its transformers configuration.
+        sizes: the symbols' values.
+        backbone: everything but the FFNs, in the terms of MoE types.
+        pattern: the kind of every layer.
+    """
 
     family: Family
     config: Any
     sizes: Mapping[str, int]
     backbone: Backbone
+    pattern: tuple[str, ...]
 
     @property
     def layers(self) -> int:
-        return int(self.config.num_hidden_layers)
+        return len(self.pattern)
+
+    def kind(self, layer: int) -> Kind:
+        return self.family.kinds[self.pattern[layer]]
+
+    @property
+    def ffn_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that have an FFN."""
+        return tuple(layer for layer in range(self.layers) if self.kind(layer).ffn)
 
     @property
     def hidden_size(self) -> int:
@@ -121,12 +182,16 @@ class DenseModel:
         return str(getattr(self.config, self.family.activation))
 
     @property
+    def gated(self) -> bool:
+        return self.family.ffn.gate is not None
+
+    @property
     def ffn_bias(self) -> bool:
         return self.flag(self.family.ffn.bias)
 
     @property
     def tied(self) -> bool:
-        return bool(self.config.tie_word_embeddings)
+        return self.family.ties_embeddings and bool(self.config.tie_word_embeddings)
 
     def flag(self, name: str | bool) -> bool:
         return name if isinstance(name, bool) else bool(getattr(self.config, name, False))
@@ -150,8 +215,8 @@ class DenseModel:
         return f"{self.family.layer.format(layer=layer)}{ffn.module}.{getattr(ffn, role)}.{kind}"
 
     def ffn_module(self) -> str:
-        """Path of the FFN's module with `{layer}` left open."""
-        return self.family.layer + self.family.ffn.module
+        """Path of the FFN's module in memory with `{layer}` left open."""
+        return self.family.in_memory(self.family.layer) + self.family.ffn.module
 
     def ffn_shapes(self) -> Iterator[tuple[str, Shape]]:
         """Names inside the layer, and shapes as stored, of the FFN's tensors."""
@@ -165,11 +230,16 @@ class DenseModel:
             if self.ffn_bias:
                 yield f"{ffn.module}.{module}.bias", (out,)
 
-    def backbone_layer_shapes(self) -> dict[str, Shape]:
+    def backbone_layer_shapes(self, layer: int) -> dict[str, Shape]:
         """Names inside the layer and shapes of everything but the FFN."""
-        tables = [self.family.per_layer]
-        tables += [table for flag, table in self.family.optional.items() if self.flag(flag)]
+        kind = self.kind(layer)
+        tables = [kind.tensors, *(table for flag, table in kind.optional.items() if self.flag(flag))]
         return {name: self.shape(symbols) for table in tables for name, symbols in table.items()}
+
+    def layer_shapes(self, layer: int) -> dict[str, Shape]:
+        """Names inside the layer and shapes of everything in it."""
+        ffn = dict(self.ffn_shapes()) if self.kind(layer).ffn else {}
+        return {**self.backbone_layer_shapes(layer), **ffn}
 
     def outer_shapes(self) -> dict[str, Shape]:
         shapes = {name: self.shape(symbols) for name, symbols in self.family.outer.items()}
@@ -179,11 +249,10 @@ class DenseModel:
 
     def tensors(self) -> dict[str, Shape]:
         """Every tensor that the model has, with its shape."""
-        inside = {**self.backbone_layer_shapes(), **dict(self.ffn_shapes())}
         shapes = self.outer_shapes()
         for layer in range(self.layers):
             prefix = self.family.layer.format(layer=layer)
-            shapes.update({prefix + name: shape for name, shape in inside.items()})
+            shapes.update({prefix + name: shape for name, shape in self.layer_shapes(layer).items()})
         return shapes
 
 
@@ -191,7 +260,7 @@ def describe(family: Family, config: Any) -> DenseModel:
     """Fill a family's symbols from a transformers configuration.
 
     Raises:
-        SourceError: the config lacks a size that the family needs.
+        SourceError: the config lacks a size that the family needs, or its layers are of no kind that it has.
     """
     try:
         hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
@@ -205,9 +274,11 @@ def describe(family: Family, config: Any) -> DenseModel:
             "Q": heads * head,
             "K": int(getattr(config, "num_key_value_heads", None) or heads) * head,
             "P": int(config.max_position_embeddings),
+            **(family.sizes(config) if family.sizes else {}),
         }
     except (AttributeError, TypeError) as error:
         raise SourceError(
             "config.json lacks a size that the model needs", found=error, remedy="take a complete config.json"
         ) from error
-    return DenseModel(family=family, config=config, sizes=sizes, backbone=family.backbone(config))
+    pattern = family.layer_kinds(config.to_dict(), config.num_hidden_layers)
+    return DenseModel(family=family, config=config, sizes=sizes, backbone=family.backbone(config), pattern=pattern)

@@ -25,18 +25,20 @@ class Layout:
     Attributes:
         prefix: what precedes every tensor name of the model.
         router: the router's weight [N, H].
+        correction_bias: float32 [N] that is added to scores for choosing experts; None where there is none.
         experts: matrix -> name; a name with `{expert}` is one tensor per expert, one without is stacked [N, out, in].
         shared: matrix -> name of the shared expert; empty where the type has none.
         shared_gate: weight [1, H] of the sigmoid in front of the shared expert; None where there is none.
-        shared_always: the shared expert's tensors exist at width 0 too.
+        shared_least: width of the shared expert where none is asked for; None where there are no tensors then.
     """
 
     prefix: str = ""
     router: str = "mlp.gate.weight"
+    correction_bias: str | None = None
     experts: Mapping[Matrix, str]
     shared: Mapping[Matrix, str] = field(default_factory=dict)
     shared_gate: str | None = None
-    shared_always: bool = False
+    shared_least: int | None = None
 
 
 def matrices(names: Mapping[Matrix, str], *, gated: bool) -> tuple[Matrix, ...]:
@@ -72,12 +74,16 @@ class Target:
     Attributes:
         model_type: transformers' name.
         architecture: transformers' class.
+        family: the dense family whose own mixture this is: everything but its FFNs is as there.
         norm, norm_placement, qk_norm, attention_bias: as in `Backbone`.
         windows: sliding windows: none, the same on all layers, or any mixture.
-        router_orders: orders of softmax and top-k.
+        gated: whether its FFNs have a gate.
+        router_orders: orders of softmax and top-k, or sigmoids.
         shared: whether it has shared experts.
         dense_layers: whether some layers may keep their FFN.
         generic: the type takes any backbone, un-gated FFNs and biases.
+        float32_router: whether logits are float32 whatever the model's dtype.
+        scale_field: field of config.json that multiplies the router's weights; None where matrices carry the scale.
         layout: the names on disk.
         blocks: modules of a layer in memory whose outputs together replace the FFN's.
         router_module: the router's module in memory, inside the layer.
@@ -86,19 +92,24 @@ class Target:
         fields: the fields of config.json that are the type's own.
         padding: what other engines must find in a checkpoint; None if nothing.
         old_names: field of config.json in older transformers -> today's.
+        spelling: how config.json is written, where that differs from transformers' own way.
     """
 
     model_type: str
     architecture: str
+    family: str | None = None
     norm: Norm = "rmsnorm"
     norm_placement: NormPlacement = "pre"
     qk_norm: QkNorm = "none"
     attention_bias: tuple[AttentionBias, ...] = ("none",)
     windows: Windows = "none"
+    gated: bool = True
     router_orders: tuple[RouterOrder, ...] = ("softmax_topk", "topk_softmax")
     shared: bool = False
     dense_layers: bool = False
     generic: bool = False
+    float32_router: bool = False
+    scale_field: str | None = None
     layout: Layout
     blocks: tuple[str, ...] = ("mlp",)
     router_module: str = "mlp.gate"
@@ -106,6 +117,7 @@ class Target:
     fields: Callable[[DenseModel, MoeShape], dict[str, Any]]
     padding: Padding | None = None
     old_names: Mapping[str, str] = field(default_factory=dict)
+    spelling: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 
     def objections(self, model: DenseModel, moe: MoeShape) -> tuple[Objection, ...]:
         """Everything in the request that this type cannot express exactly; empty if it fits."""
@@ -114,7 +126,11 @@ class Target:
         return (*self._backbone_objections(model), *self._moe_objections(model, moe))
 
     def _backbone_objections(self, model: DenseModel) -> list[Objection]:
+        if self.family == model.family.model_type:
+            return []
         backbone, found = model.backbone, []
+        if self.family:
+            found.append(Objection(field="architecture", found=model.family.model_type, expressible=self.family))
         pairs: list[tuple[str, str, tuple[str, ...]]] = [
             ("norm", backbone.norm, (self.norm,)),
             ("norm placement", backbone.norm_placement, (self.norm_placement,)),
@@ -137,17 +153,18 @@ class Target:
 
     def _moe_objections(self, model: DenseModel, moe: MoeShape) -> list[Objection]:
         checks = [
-            (not model.family.ffn.gate, "FFN", "un-gated", "gated"),
+            (model.gated != self.gated, "FFN", GATED[model.gated], GATED[self.gated]),
             (model.ffn_bias, "FFN bias", "present", "none"),
             (bool(model.family.ffn.dropout), "FFN dropout", "present", "none"),
             (moe.router_order not in self.router_orders, "router order", moe.router_order, self.router_orders[0]),
-            (moe.shared_experts > 0 and not self.shared, "shared experts", str(moe.shared_experts), "0"),
-            (len(moe.layers) < model.layers and not self.dense_layers, "dense layers", "some", "none"),
+            (moe.shared_width > 0 and not self.shared, "shared experts", f"of width {moe.shared_width}", "none"),
+            (len(moe.layers) < len(model.ffn_layers) and not self.dense_layers, "dense layers", "some", "none"),
             (moe.groups in ("whole", "positions"), "moe.groups", moe.groups, _PLAIN_TOP_K),
         ]
         return [Objection(field=name, found=found, expressible=can) for wrong, name, found, can in checks if wrong]
 
 
+GATED = {True: "gated", False: "un-gated"}
 # All that a type whose routers take the top-k of all experts can do for groups.
 _PLAIN_TOP_K = "tied (the router rows of a group stay equal, so that its top-k keeps groups whole) or free"
 
@@ -156,6 +173,9 @@ def _expressible_windows(widest: str) -> tuple[str, ...]:
     kinds = ("none", "uniform", "mixed")
     return kinds[: kinds.index(widest) + 1]
 
+
+# What a dense config says about the file it came from, not about the model.
+OF_THE_FILE = ("_name_or_path", "dtype", "transformers_version")
 
 CARRIED = (
     "vocab_size",
@@ -194,4 +214,4 @@ def router_fields(moe: MoeShape) -> dict[str, Any]:
 
 def dense_layer_indices(model: DenseModel, moe: MoeShape) -> list[int]:
     """Layers that keep their FFN."""
-    return sorted(set(range(model.layers)) - set(moe.layers))
+    return sorted(set(model.ffn_layers) - set(moe.layers))

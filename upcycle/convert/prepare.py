@@ -17,7 +17,7 @@ from upcycle.plan.groups import settled
 from upcycle.plan.plan import Plan, build_plan
 from upcycle.plan.request import check_init, moe_shape
 from upcycle.plan.scaling import expected_mass
-from upcycle.plan.select import select_target
+from upcycle.plan.select import own_order, select_target
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,7 +73,8 @@ def prepare(config: ConversionConfig, *, execute: bool) -> Conversion:
     if config.output:
         check_apart(source.path, expanded(config.output))
     model = source.model
-    moe = moe_shape(config.moe, config.init, ffn_width=model.ffn_width, layers=model.layers)
+    order = own_order(model.family.model_type)
+    moe = moe_shape(config.moe, config.init, ffn_width=model.ffn_width, layers=model.ffn_layers, order=order)
     target, why = select_target(config.target, model, moe, portable=config.portable)
     moe = settled(moe, config.init, target)
     dtypes = source.dtypes(config.dtype)

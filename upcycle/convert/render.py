@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from upcycle.arch.family import ONLY
 from upcycle.checkpoint import dtype_bytes
 from upcycle.plan.plan import Plan, plan_dict
 
@@ -45,11 +46,10 @@ def _summary(conversion: Conversion) -> Table:
     table = Table(box=box.SIMPLE, show_header=False, title=f"{conversion.source.path.name} -> {plan.moe.name}")
     moe = plan.moe
     layers = f"{len(moe.layers)} of {model.layers} layers"
-    width = model.ffn_width // moe.granularity
     flops = cost.flops_per_token / cost.dense_flops_per_token
     rows = [
         ("target", plan.target),
-        ("experts", f"{moe.experts} of width {width}, {moe.top_k} active, {moe.shared_experts} shared; {layers}"),
+        ("experts", f"{moe.experts} of width {moe.expert_width}, {moe.top_k} active{_shared(moe)}; {layers}"),
         ("router", f"{moe.router_order}, std {plan.router_std:g}{_groups(moe)}"),
         ("init", f"{plan.init.name}, scaling {plan.init.scaling}"),
         ("step 0", "lossless" if not plan.losses else "not lossless"),
@@ -64,6 +64,11 @@ def _summary(conversion: Conversion) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _shared(moe: MoeShape) -> str:
+    made_of = {"copies": "copies", "part": "its own part", "whole": "all"}[moe.shared]
+    return f", a shared one of width {moe.shared_width}, {made_of} of the FFN" if moe.shared_width else ""
 
 
 def _padding(cost: Cost) -> list[tuple[str, str]]:
@@ -104,7 +109,7 @@ def _layers(conversion: Conversion) -> Table:
     for indices, cells in _runs(conversion):
         name = str(indices[0]) if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
         table.add_row(name, *cells)
-    outside = [tensor for tensor in plan.tensors if _layer_of(conversion, tensor.name) is None]
+    outside = [tensor for tensor in plan.tensors if tensor.layer is None]
     table.add_row("outside", "embeddings, head, norm", str(len(outside)), _megabytes(outside), "", "", "", "")
     return table
 
@@ -113,9 +118,8 @@ def _runs(conversion: Conversion) -> list[tuple[list[int], tuple[str, ...]]]:
     """Neighbouring layers with the same row, together."""
     by_layer: dict[int, list[Any]] = {layer: [] for layer in range(conversion.source.model.layers)}
     for tensor in conversion.plan.tensors:
-        layer = _layer_of(conversion, tensor.name)
-        if layer is not None:
-            by_layer[layer].append(tensor)
+        if tensor.layer is not None:
+            by_layer[tensor.layer].append(tensor)
     runs: list[tuple[list[int], tuple[str, ...]]] = []
     for layer, tensors in by_layer.items():
         cells = (*_kind(conversion, layer, tensors), *_factors(conversion.plan, layer))
@@ -127,8 +131,11 @@ def _runs(conversion: Conversion) -> list[tuple[list[int], tuple[str, ...]]]:
 
 
 def _kind(conversion: Conversion, layer: int, tensors: list[Any]) -> tuple[str, str, str]:
-    shared = " + shared" if conversion.plan.moe.shared_experts else ""
-    kind = "MoE" + shared if layer in conversion.plan.scaling else "dense FFN"
+    kind = conversion.source.model.pattern[layer]
+    if layer in conversion.plan.scaling:
+        kind = "MoE" + (" + shared" if conversion.plan.moe.shared_width else "")
+    elif kind == ONLY:
+        kind = "dense FFN"
     return kind, str(len(tensors)), _megabytes(tensors)
 
 
@@ -138,12 +145,6 @@ def _factors(plan: Plan, layer: int) -> tuple[str, ...]:
     scaling = plan.scaling[layer]
     matrices = (f"{scaling.matrix[role]:g}" if role in scaling.matrix else "-" for role in ("gate", "up", "down"))
     return (*matrices, f"{scaling.output:g}")
-
-
-def _layer_of(conversion: Conversion, name: str) -> int | None:
-    before, after = conversion.source.model.family.layer.split("{layer}")
-    _, found, rest = name.partition(before)
-    return int(rest.split(after)[0]) if found else None
 
 
 def _megabytes(tensors: list[Any]) -> str:

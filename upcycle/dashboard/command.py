@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 
-from upcycle.arch.targets import TARGETS
 from upcycle.convert.prepare import prepare
 from upcycle.dashboard.workspace import as_json, build_workspace, push
 from upcycle.files.durable import write_text
 from upcycle.models.config import read_config
-from upcycle.models.moe import describe_moe
+from upcycle.models.moe import describe_moe, target_of
 from upcycle.models.source import expanded
 from upcycle.sweep.command import sweep_name
 from upcycle.sweep.plan import arm_config, plan_sweep
@@ -93,7 +92,7 @@ def _moe_layers(config: TrainConfig) -> tuple[int, ...]:
     """Indices of the MoE layers that a run will have."""
     if config.model == "checkpoint":
         directory = expanded(str(config.source))
-        return describe_moe(directory).layers if read_config(directory).get("model_type") in TARGETS else ()
+        return describe_moe(directory).layers if target_of(read_config(directory)) else ()
     if config.model == "dense" or config.architecture is not None:
         return ()
     return prepare(conversion_request(config), execute=False).plan.moe.layers

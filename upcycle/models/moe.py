@@ -16,10 +16,12 @@ from upcycle.models.manifest import read_manifest
 from upcycle.models.transformers_version import installed
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
 
+    from upcycle.arch.family import Family
     from upcycle.arch.target import Target
 
 
@@ -29,19 +31,24 @@ class MoeDescription:
 
     Attributes:
         target: its type.
-        layer_path: prefix of a layer's modules and tensors, with `{layer}` left open.
+        layer_path: prefix of a layer's modules, with `{layer}` left open.
+        stored_layer: the same of its tensors on disk.
+        ffn: what stands in the place of an FFN, inside the layer.
         layer_count: number of layers, MoE or not.
         layers: indices of the MoE layers.
         experts, top_k, expert_width, shared_width: sizes.
         granularity: G, experts per virtual group; 1 where nothing says otherwise.
         groups: how experts of virtual groups are chosen, as `ExpertSelection` says; free where nothing says otherwise.
-        router_order: softmax_topk or topk_softmax.
+        router_order: softmax_topk, topk_softmax or sigmoid_topk.
+        renormalise, scaling_factor: what is done with a sigmoid_topk's weights, as `ExpertSelection` says.
         gated: whether the experts have a gate.
         hidden_size, vocabulary: sizes.
     """
 
     target: Target
     layer_path: str
+    stored_layer: str
+    ffn: str
     layer_count: int
     layers: tuple[int, ...]
     experts: int
@@ -51,6 +58,8 @@ class MoeDescription:
     granularity: int
     groups: str
     router_order: str
+    renormalise: bool
+    scaling_factor: float
     gated: bool
     hidden_size: int
     vocabulary: int
@@ -61,15 +70,16 @@ class MoeDescription:
 
     @property
     def name(self) -> str:
-        shared = f"S{self.shared_width // self.expert_width}" if self.shared_width else ""
+        count = self.shared_width // self.expert_width
+        shared = f"S{count}" if count else ""
         return f"E{self.experts // self.granularity}G{self.granularity}T{self.top_k}{shared}"
 
     def block_paths(self, layer: int) -> list[str]:
         """Modules in memory whose outputs together are the MoE block's."""
-        return [self.layer_path.format(layer=layer) + name for name in self.target.blocks]
+        return [self.layer_path.format(layer=layer) + name.format(ffn=self.ffn) for name in self.target.blocks]
 
     def router_path(self, layer: int) -> str:
-        return self.layer_path.format(layer=layer) + self.target.router_module
+        return self.layer_path.format(layer=layer) + self.target.router_module.format(ffn=self.ffn)
 
     @property
     def indices_first(self) -> bool:
@@ -97,7 +107,7 @@ def describe_moe(directory: Path) -> MoeDescription:
         SourceError: no checkpoint there, one that cannot be read, or not a MoE type that upcycle knows.
     """
     raw = read_config(directory)
-    target = TARGETS.get(raw.get("model_type"))
+    target = target_of(raw)
     if target is None:
         raise SourceError(
             "not a mixture of experts that upcycle knows",
@@ -107,33 +117,66 @@ def describe_moe(directory: Path) -> MoeDescription:
     return describe_config(target, load_config(directory), read_manifest(directory))
 
 
+def target_of(fields: Mapping[str, Any]) -> Target | None:
+    """The MoE type of a model with these fields in config.json; None where it is dense, or upcycle does not know it.
+
+    Raises:
+        SourceError: its layers are of no kind that its type has.
+    """
+    target = TARGETS.get(str(fields.get("model_type")))
+    if target and target.family and not _expert_layers(FAMILIES[target.family], fields):
+        return None
+    return target
+
+
+def _expert_layers(family: Family, fields: Mapping[str, Any]) -> tuple[int, ...]:
+    kinds = family.layer_kinds(fields, 0)
+    return tuple(layer for layer, kind in enumerate(kinds) if family.kinds[kind].experts)
+
+
 def describe_config(target: Target, config: Any, manifest: dict[str, Any] | None) -> MoeDescription:
     """Describe a MoE from its transformers configuration."""
     generic, text = target.generic, config.get_text_config()
     layers = text.num_hidden_layers
     dense = set(getattr(config, "mlp_only_layers", None) or ())
     step = getattr(config, "decoder_sparse_step", 1)
-    sparse = [layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0]
-    family = FAMILIES[text.model_type] if generic else None
-    shared = ("shared_expert_intermediate_size", "shared_intermediate_size")
+    sparse = tuple(layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0)
+    family = FAMILIES[text.model_type] if generic or target.family else None
+    layer = family.layer if family else "model.layers.{layer}."
+    in_memory = target.layout.prefix + (family.in_memory(layer) if family else layer)
+    if family and target.family:
+        sparse = _expert_layers(family, config.to_dict())
+    shared = ("shared_expert_intermediate_size", "shared_intermediate_size", "moe_shared_expert_intermediate_size")
     own = {**vars(config), **getattr(config, PADDED, {})}
     renormalised = getattr(config, "norm_topk_prob", "softmax_topk" not in target.router_orders)
     return MoeDescription(
         target=target,
-        layer_path=target.layout.prefix + (family.layer if family else "model.layers.{layer}."),
+        layer_path=in_memory,
+        stored_layer=in_memory if generic else layer,
+        ffn=family.ffn.module if family else "",
         layer_count=layers,
-        layers=tuple(config.moe_layers if generic else sparse),
+        layers=tuple(config.moe_layers) if generic else sparse,
         experts=getattr(config, "num_experts", None) or config.num_local_experts,
         top_k=config.num_experts_per_tok,
         expert_width=getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
         shared_width=next((own[name] for name in shared if name in own), 0),
         granularity=config.granularity if generic else manifest["moe"]["granularity"] if manifest else 1,
         groups=config.groups if generic else (manifest or {}).get("moe", {}).get("groups", "free"),
-        router_order=config.router_order if generic else ("topk_softmax" if renormalised else "softmax_topk"),
-        gated=config.gated if generic else True,
+        router_order=_order(target, config, renormalised=renormalised),
+        renormalise=renormalised,
+        scaling_factor=getattr(config, "routed_scaling_factor", 1.0),
+        gated=config.gated if generic else target.gated,
         hidden_size=text.hidden_size,
         vocabulary=text.vocab_size,
     )
+
+
+def _order(target: Target, config: Any, *, renormalised: bool) -> str:
+    if target.generic:
+        return str(config.router_order)
+    if target.router_orders == ("sigmoid_topk",):
+        return "sigmoid_topk"
+    return "topk_softmax" if renormalised else "softmax_topk"
 
 
 def config_features(target: Target, config: Any, *, portable: bool) -> Features:
@@ -141,7 +184,7 @@ def config_features(target: Target, config: Any, *, portable: bool) -> Features:
     moe, text = describe_config(target, config, None), config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Features(
-        router_order="topk_softmax" if moe.router_order == "topk_softmax" else "softmax_topk",
+        router_order=moe.router_order,
         shared=moe.shared_width > 0,
         dense_layers=len(moe.layers) < moe.layer_count,
         windows=window_kind(layer_windows(text)),

@@ -28,6 +28,7 @@ from upcycle.errors import ConfigError, SourceError, did_you_mean
 from upcycle.models.auxiliary import HUB
 from upcycle.models.config import load_config, read_config
 from upcycle.models.matching import HEAD, match_names
+from upcycle.models.moe import target_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -211,7 +212,7 @@ def _gguf_config(path: Path) -> Any:
 def _check_raw(raw: Mapping[str, Any]) -> None:
     model_type = raw.get("model_type")
     experts = {name: raw[name] for name in EXPERT_FIELDS if isinstance(raw.get(name), int) and raw[name] > 1}
-    if model_type in TARGETS or experts:
+    if target_of(raw) or (experts and model_type not in TARGETS):
         raise SourceError(
             "the source is already a mixture of experts",
             found=f"model_type={model_type} {experts or ''}".rstrip(),

@@ -15,6 +15,8 @@ def with_old_words(config: Mapping[str, Any], target: Target) -> dict[str, Any]:
 
     Without the first, transformers 4 takes the type's default rotary base, without a message.
     """
+    if target.spelling:
+        return target.spelling(config)
     if target.generic:
         return dict(config)
     rope = dict(config["rope_parameters"])

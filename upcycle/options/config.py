@@ -16,8 +16,11 @@ class MoeConfig:
         expansion: E, copies of the dense FFN.
         granularity: G, shards per FFN.
         top_k: T, routed experts active per token.
-        router_order: softmax_topk or topk_softmax.
-        shared_experts: experts of the same width that every token uses.
+        router_order: softmax_topk, topk_softmax or sigmoid_topk; auto takes what the family's own mixtures have, and
+            softmax_topk where there are none.
+        shared_experts: experts of the same width that every token uses, made of further copies of shards.
+        shared_neurons: null; or so many neurons of the FFN, which the shared expert takes at weight 1, so that only the
+            others are cut; or all: the shared expert is the FFN, and routed experts start with outputs of 0.
         layers: "all", "every_K" (every K-th layer, ending with the K-th), or a list of indices.
         groups: how experts of virtual groups are chosen: free (one by one), tied (one router row per group), whole
             (groups are chosen), positions (of each shard position the best T/G); auto takes what keeps the start and
@@ -31,6 +34,7 @@ class MoeConfig:
     top_k: int
     router_order: str
     shared_experts: int
+    shared_neurons: Any
     layers: Any
     groups: str
 

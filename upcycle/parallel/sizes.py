@@ -143,7 +143,7 @@ def outside(sizes: ModelSizes) -> Iterator[Weight]:
 def conversion_sizes(conversion: Conversion) -> ModelSizes:
     """The sizes of what a conversion makes."""
     model, moe = conversion.source.model, conversion.plan.moe
-    backbone, width = model.backbone, model.ffn_width // moe.granularity
+    backbone = model.backbone
     norms = 0 if backbone.norm == "layernorm_without_weights" else 4 if backbone.norm_placement == "sandwich" else 2
     return ModelSizes(
         layers=model.layers,
@@ -155,9 +155,9 @@ def conversion_sizes(conversion: Conversion) -> ModelSizes:
         ffn_width=model.ffn_width,
         experts=moe.experts,
         top_k=moe.top_k,
-        expert_width=width,
-        shared_width=moe.shared_experts * width,
-        gated=model.family.ffn.gate is not None,
+        expert_width=moe.expert_width,
+        shared_width=moe.shared_width,
+        gated=model.gated,
         vocab=model.sizes["V"],
         tied=model.tied,
         norms=norms,

@@ -79,14 +79,13 @@ def cost(plan: Plan, model: DenseModel, *, bytes_per_element: Mapping[str, int])
 
 def dense_matmul_flops(model: DenseModel) -> int:
     """Forward FLOPs per token of the dense model's matrix products with weights."""
-    inside = {**model.backbone_layer_shapes(), **dict(model.ffn_shapes())}
-    head = model.sizes["V"] * model.hidden_size
-    return 2 * (model.layers * _matrix_elements(inside.values()) + head)
+    inside = sum(_matrix_elements(model.layer_shapes(layer).values()) for layer in range(model.layers))
+    return 2 * (inside + model.sizes["V"] * model.hidden_size)
 
 
 def _extra_flops(plan: Plan, model: DenseModel) -> int:
     ffn = _matrix_elements(shape for _, shape in model.ffn_shapes())
-    active = ffn * (plan.moe.top_k + plan.moe.shared_experts) // plan.moe.granularity
+    active = ffn // model.ffn_width * (plan.moe.top_k * plan.moe.expert_width + plan.moe.shared_width)
     gates = sum(math.prod(tensor.shape) for tensor in plan.tensors if tensor.kind in ("router", "shared_gate"))
     return 2 * (len(plan.moe.layers) * (active - ffn) + gates)
 

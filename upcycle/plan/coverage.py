@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from upcycle.plan.parts import Range, Take, Whole, numel, taken
+from upcycle.plan.parts import Part, Range, Take, Whole, numel, taken
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -35,11 +35,19 @@ def check_coverage(tensors: Sequence[TargetTensor], source: Mapping[str, Shape],
         assert made == needed, f"{tensor.name} {tensor.shape}: {made} of {needed} elements produced"
     parts = [part for tensor in tensors if tensor.kind != "copy" for part in tensor.parts]
     covered = {part.source for part in parts if isinstance(part, Whole)} | set(dropped)
+    takes = _takes(parts)
+    shared = _takes(part for tensor in tensors if tensor.kind == "shared" for part in tensor.parts)
+    for name, shape in source.items():
+        exact = name in covered or _tile(takes[name], shape) or _tile(shared[name], shape)
+        assert exact, f"{name} {shape}: not taken over exactly"
+
+
+def _takes(parts: Iterable[Part]) -> dict[str, set[Take]]:
+    """The different rectangles of each source tensor that parts are made from."""
     takes: dict[str, set[Take]] = defaultdict(set)
     for take in (take for part in parts for take in taken(part)):
         takes[take.source].add(replace(take, factor=1.0))
-    for name, shape in source.items():
-        assert name in covered or _tile(takes[name], shape), f"{name} {shape}: not taken over exactly"
+    return takes
 
 
 def _tile(takes: Iterable[Take], shape: Shape) -> bool:

@@ -38,6 +38,14 @@ def router_rows(model: DenseModel, moe: MoeShape, init: InitConfig, layer: int) 
     )
 
 
+def dummy_neurons(model: DenseModel, layer: int, matrix: str, width: int) -> Part:
+    """A matrix of a shared expert that computes 0 and learns: its down matrix is zeros, and the others are not."""
+    if matrix == "down":
+        return Constant(numel=model.hidden_size * width)
+    std = model.hidden_size**-0.5
+    return Normal(rows=width, cols=model.hidden_size, std=std, key=f"layer.{layer}.shared.{matrix}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class FfnParts:
     """The parts of one MoE layer.
@@ -59,10 +67,17 @@ class FfnParts:
     @property
     def width(self) -> int:
         """Neurons of one expert."""
-        return self.model.ffn_width // self.moe.granularity
+        return self.moe.expert_width
+
+    @property
+    def first(self) -> int:
+        """The first neuron that is cut into shards; those before it are the shared expert's alone."""
+        return self.moe.shared_width if self.moe.shared == "part" else 0
 
     def expert(self, expert: int, role: Role) -> Part:
         """A matrix of a routed expert, [width, H] for gate and up, [H, width] for down."""
+        if role == "down" and self.moe.shared == "whole":
+            return Constant(numel=self.model.hidden_size * self.width)
         shard = expert % self.moe.granularity
         factor = self.scaling.matrix[role] * (self._routed_share(shard) if role == "down" else 1.0)
         stem = f"layer.{self.layer}.expert.{expert}"
@@ -85,18 +100,18 @@ class FfnParts:
 
     def expert_bias(self, role: Role) -> Iterator[Part]:
         """A bias of every routed expert in order: [width] for gate and up, [H] for down."""
-        total = self.moe.top_k + self.moe.shared_experts
-        factor = self.scaling.bias[role] * (self.moe.top_k / total if role == "down" else 1.0)
+        factor = self.scaling.bias[role] * (1 - self._shared_bias_share() if role == "down" else 1.0)
         for expert in range(self.moe.experts):
-            yield self._bias(role, expert % self.moe.granularity, factor)
+            yield self._bias(role, self._neurons(role, expert % self.moe.granularity), factor)
 
     def shared(self, role: Role) -> Iterator[Part]:
-        """A matrix of the shared expert: shards 0, 1, … in turn, `shared_experts` of them."""
+        """A matrix of the shared expert; made of copies, it is shards 0, 1, … in turn."""
         shards = range(self.moe.shared_experts)
+        factor = 1 / self.shared_gate if role == "down" else 1.0
         if self.init.name == "random":
-            width = self.width * len(shards)
-            factor = 1 / self.shared_gate if role == "down" else 1.0
-            yield self._random(role, width, factor, f"layer.{self.layer}.shared.{role}")
+            yield self._random(role, self.moe.shared_width, factor, f"layer.{self.layer}.shared.{role}")
+        elif self.moe.shared != "copies":
+            yield self._rectangle(role, self._rows(role, 0, self.moe.shared_width), factor)
         elif role == "down":
             granularity = self.moe.granularity
             factors = (self._shared_share(shard % granularity) / self.shared_gate for shard in shards)
@@ -110,14 +125,23 @@ class FfnParts:
     def shared_bias(self, role: Role) -> Iterator[Part]:
         """A bias of the shared expert."""
         if role == "down":
-            total = self.moe.top_k + self.moe.shared_experts
-            yield self._bias("down", 0, self.moe.shared_experts / total / self.shared_gate)
+            yield self._bias("down", self._neurons("down", 0), self._shared_bias_share() / self.shared_gate)
+        elif self.moe.shared != "copies":
+            yield self._bias(role, self._rows(role, 0, self.moe.shared_width), 1.0)
         else:
             for shard in range(self.moe.shared_experts):
-                yield self._bias(role, shard % self.moe.granularity, 1.0)
+                yield self._bias(role, self._neurons(role, shard % self.moe.granularity), 1.0)
+
+    def _shared_bias_share(self) -> float:
+        """How much of the down bias is the shared expert's."""
+        if self.moe.shared != "copies":
+            return 1.0
+        return self.moe.shared_experts / (self.moe.top_k + self.moe.shared_experts)
 
     def _copies(self, shard: int) -> tuple[int, float]:
         """How often a shard is held by the shared expert, and how many routed copies of it are active."""
+        if self.moe.shared != "copies":
+            return 0, self.moe.top_k / self.moe.granularity
         whole, rest = divmod(self.moe.shared_experts, self.moe.granularity)
         return whole + (shard < rest), self.moe.top_k / self.moe.granularity
 
@@ -131,7 +155,10 @@ class FfnParts:
         return 1 / (shared + routed)
 
     def _take(self, role: Role, shard: int, factor: float) -> Take:
-        ffn, neurons = self.model.family.ffn, self._neurons(role, shard)
+        return self._rectangle(role, self._neurons(role, shard), factor)
+
+    def _rectangle(self, role: Role, neurons: Range, factor: float) -> Take:
+        ffn = self.model.family.ffn
         return Take(
             source=self.model.ffn_tensor(self.layer, role),
             rows=(0, self.model.hidden_size) if role == "down" else neurons,
@@ -140,15 +167,20 @@ class FfnParts:
             factor=factor,
         )
 
-    def _bias(self, role: Role, shard: int, factor: float) -> Part:
-        rows = (0, self.model.hidden_size) if role == "down" else self._neurons(role, shard)
+    def _bias(self, role: Role, neurons: Range, factor: float) -> Part:
+        rows = (0, self.model.hidden_size) if role == "down" else neurons
         if self.init.name == "random":
             return Constant(numel=rows[1] - rows[0])
         return Take(source=self.model.ffn_tensor(self.layer, role, "bias"), rows=rows, factor=factor)
 
     def _neurons(self, role: Role, shard: int) -> Range:
+        start = self.first + shard * self.width
+        return self._rows(role, start, start + self.width)
+
+    def _rows(self, role: Role, start: int, stop: int) -> Range:
+        """Where neurons are in the tensor that holds a role's matrix."""
         offset = self.model.ffn_width if role == "up" and self.model.family.ffn.fused else 0
-        return offset + shard * self.width, offset + (shard + 1) * self.width
+        return offset + start, offset + stop
 
     def _random(self, role: Role, width: int, factor: float, key: str) -> Normal:
         rows, cols = (self.model.hidden_size, width) if role == "down" else (width, self.model.hidden_size)

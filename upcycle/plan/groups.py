@@ -89,9 +89,9 @@ def group_notes(moe: MoeShape) -> Iterator[str]:
     if moe.granularity == 1:
         return
     yield f"moe.groups={moe.groups}: {IN_TRAINING[moe.groups]}"
-    if moe.groups != "free" and moe.router_order == "topk_softmax" and moe.top_k == moe.granularity:
+    if moe.groups != "free" and moe.router_order != "softmax_topk" and moe.top_k == moe.granularity:
         yield (
-            "topk_softmax with top_k = granularity gives every choice the same weight, so the router gets no gradient "
-            "from the language model's loss, and at a high learning rate the first steps cost loss, as they do with "
-            "granularity 1: take a larger top_k, softmax_topk, or optim.expert_lr=0.5"
+            f"{moe.router_order} with top_k = granularity gives every choice the same weight, so the router gets no "
+            "gradient from the language model's loss, and at a high learning rate the first steps cost loss, as they "
+            "do with granularity 1: take a larger top_k, softmax_topk, or optim.expert_lr=0.5"
         )

@@ -12,8 +12,8 @@ from upcycle.arch.padding import PADDED
 from upcycle.plan.coverage import check_coverage
 from upcycle.plan.experts import router_deviation
 from upcycle.plan.groups import group_notes
-from upcycle.plan.scaling import LayerScaling, layer_scaling, lossless
-from upcycle.plan.tensors import TargetTensor, ffn_tensors, target_tensors
+from upcycle.plan.scaling import LayerScaling, in_config, layer_scaling, lossless
+from upcycle.plan.tensors import TargetTensor, Tensors, ffn_tensors
 from upcycle.plan.unread import unread_fields
 
 if TYPE_CHECKING:
@@ -91,20 +91,35 @@ def build_plan(
         dropped: stored tensors that the model does not need, and why.
         portable: whether to write what other engines need.
     """
-    gated, family = model.family.ffn.gate is not None, model.family.model_type
+    gated, family = model.gated, model.family.model_type
     ffn: dict[str, Any] = {"granularity": moe.granularity, "activation": model.activation, "gated": gated}
-    scaling = {layer: layer_scaling(init.scaling, mass=masses[layer], **ffn) for layer in moe.layers}
+    field = target.scale_field
+    scaling = {
+        layer: layer_scaling(init.scaling, mass=masses[layer], **ffn, field=field is not None) for layer in moe.layers
+    }
     router_std = router_deviation(init, model.hidden_size)
     config = {"model_type": target.model_type, **target.fields(model, moe)}
+    if field:
+        config[field] = scaling[moe.layers[0]].output if in_config(init.scaling) else 1.0
     padding = target.padding if portable else None
     padded = padding.fields(config) if padding else {}
-    made = target_tensors(model, moe, init, target, dtypes, scaling, padding=padding, padded=padded.get(PADDED, {}))
-    tensors = tuple(made)
+    tensors = tuple(
+        Tensors(
+            model=model,
+            moe=moe,
+            init=init,
+            target=target,
+            dtypes=dtypes,
+            scaling=scaling,
+            padding=padding,
+            padded=padded.get(PADDED, {}),
+        ).all()
+    )
     if init.name == "random":
         reason = "replaced by random experts"
         dropped = {**dropped, **{name: reason for layer in moe.layers for name, _ in ffn_tensors(model, layer)}}
     exact_scale = all(lossless(init.scaling, mass=masses[layer], **ffn) for layer in moe.layers)
-    lost, stray = ({}, {}) if target.generic else unread_fields(model.config, config)
+    lost, stray = ({}, {}) if target.generic or target.family else unread_fields(model.config, config)
     plan = Plan(
         target=target.model_type,
         why=tuple(why),
@@ -130,6 +145,8 @@ def build_plan(
 
 
 def _losses(moe: MoeShape, init: InitConfig, *, exact_scale: bool, spread: float) -> Iterator[str]:
+    if moe.shared == "whole" and init.name != "random":
+        return  # routed experts add 0
     if moe.router_order == "softmax_topk" and moe.top_k < moe.experts and spread > LOSSLESS_SPREAD:
         yield f"init.router_std={init.router_std:g} is large: the weight of the selected experts varies between tokens"
     if not exact_scale and init.name != "random":
@@ -145,11 +162,11 @@ def _losses(moe: MoeShape, init: InitConfig, *, exact_scale: bool, spread: float
 
 
 def _notes(moe: MoeShape, init: InitConfig, target: Target, router_std: float) -> Iterator[str]:
-    if moe.router_order == "softmax_topk" and init.scaling in ("exact", "down", "calibrated"):
+    if moe.router_order == "softmax_topk" and moe.shared != "whole" and init.scaling in ("exact", "down", "calibrated"):
         yield f"what remains comes from the router's spread (init.router_std={router_std:g})"
     if init.scaling == "calibrated":
         yield "convert measures the factors layer by layer; plan shows the expected ones"
-    if not target.generic:
+    if not (target.generic or target.float32_router):
         logits = f"{target.model_type} computes router logits in the model's dtype"
         yield f"{logits}: in bfloat16 about 0.5% of tokens split a group"
     yield from group_notes(moe)

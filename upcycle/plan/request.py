@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
-from upcycle.arch.moe import MoeShape, RouterOrder
+from upcycle.arch.moe import MoeShape, RouterOrder, Shared
 from upcycle.errors import ConfigError, did_you_mean, nearest
 from upcycle.plan.groups import CHOICES, GROUPED_INITS, check_groups
 
@@ -14,20 +14,23 @@ if TYPE_CHECKING:
 
     from upcycle.options.config import InitConfig, MoeConfig
 
-ROUTER_ORDERS: tuple[RouterOrder, ...] = ("softmax_topk", "topk_softmax")
+ROUTER_ORDERS: tuple[RouterOrder, ...] = get_args(RouterOrder)
 SCALING_RULES = ("exact", "paper", "down", "calibrated", "none")
 INITS = ("virtual_group", "copy", "drop", "noise", "random")
 MOST_EXPERTS = 2**16
 
 
-def moe_shape(config: MoeConfig, init: InitConfig, *, ffn_width: int, layers: int) -> MoeShape:
+def moe_shape(
+    config: MoeConfig, init: InitConfig, *, ffn_width: int, layers: Sequence[int], order: RouterOrder = "softmax_topk"
+) -> MoeShape:
     """Check `moe.*` and return the shape.
 
     Args:
         config: the request.
         init: a grouped initialization needs top_k to be a multiple of granularity.
         ffn_width: width of the dense FFN.
-        layers: number of layers of the dense model.
+        layers: indices of the layers of the dense model that have an FFN.
+        order: what moe.router_order=auto stands for.
 
     Raises:
         ConfigError: naming the option, what was found, and the nearest values that work.
@@ -35,17 +38,21 @@ def moe_shape(config: MoeConfig, init: InitConfig, *, ffn_width: int, layers: in
     for name in ("granularity", "top_k"):
         _at_least(f"moe.{name}", getattr(config, name), 1)
     _at_least("moe.shared_experts", config.shared_experts, 0)
-    _choice("moe.router_order", config.router_order, ROUTER_ORDERS)
+    _choice("moe.router_order", config.router_order, ("auto", *ROUTER_ORDERS))
     _choice("moe.groups", config.groups, CHOICES)
     expansion = _expansion(config)
-    if ffn_width % config.granularity:
-        divisors = [g for g in range(1, ffn_width + 1) if ffn_width % g == 0]
+    shared, shared_width = _shared(config, ffn_width)
+    cut = ffn_width - (shared_width if shared == "part" else 0)
+    if cut % config.granularity:
+        divisors = [g for g in range(1, cut + 1) if cut % g == 0]
+        less = f" - shared_neurons {shared_width}" if shared == "part" else ""
         raise ConfigError(
             "the FFN cannot be cut into moe.granularity shards of equal width",
-            found=f"d_ff {ffn_width} % granularity {config.granularity} = {ffn_width % config.granularity}",
-            expected="a divisor of d_ff",
+            found=f"d_ff {ffn_width}{less} % granularity {config.granularity} = {cut % config.granularity}",
+            expected="a divisor of d_ff" + less,
             remedy=f"set moe.granularity to {nearest(config.granularity, divisors)}",
         )
+    width = cut // config.granularity
     experts = expansion * config.granularity
     _check_experts(config.top_k, expansion, config.granularity)
     if init.name in GROUPED_INITS and config.top_k % config.granularity:
@@ -60,9 +67,11 @@ def moe_shape(config: MoeConfig, init: InitConfig, *, ffn_width: int, layers: in
     return MoeShape(
         expansion=expansion,
         granularity=config.granularity,
+        expert_width=width,
         top_k=config.top_k,
-        router_order="softmax_topk" if config.router_order == "softmax_topk" else "topk_softmax",
-        shared_experts=config.shared_experts,
+        router_order=next((each for each in ROUTER_ORDERS if each == config.router_order), order),
+        shared=shared,
+        shared_width=config.shared_experts * width if shared == "copies" else shared_width,
         layers=moe_layers(config.layers, layers),
         groups=groups,
     )
@@ -89,27 +98,46 @@ def check_init(init: InitConfig) -> None:
             raise ConfigError(f"init.{name} is out of range", found=getattr(init, name), expected="0 to 1")
 
 
-def moe_layers(request: object, layers: int) -> tuple[int, ...]:
-    """Indices of the MoE layers: "all", "every_K", or a list of indices.
+def moe_layers(request: object, layers: Sequence[int]) -> tuple[int, ...]:
+    """Indices of the MoE layers: "all", "every_K", or a list, all of which count layers that have an FFN, from 0.
 
     Raises:
         ConfigError: a form that is none of these, or an index that the model does not have.
     """
-    expected = f"all, every_2 (or another number), or a list of indices from 0 to {layers - 1}"
+    expected = f"all, every_2 (or another number), or a list of indices from 0 to {len(layers) - 1}"
     if request == "all":
-        return tuple(range(layers))
+        return tuple(layers)
     if isinstance(request, str) and request.startswith("every_") and request[6:].isdecimal() and int(request[6:]) > 0:
         step = int(request[6:])
-        chosen: Sequence[int] = range(step - 1, layers, step)
+        chosen: Sequence[int] = range(step - 1, len(layers), step)
     elif isinstance(request, list) and all(isinstance(index, int) for index in request):
         chosen = sorted(set(request))
     else:
         raise ConfigError("moe.layers is not understood", found=request, expected=expected)
-    if not chosen or chosen[0] < 0 or chosen[-1] >= layers:
+    if not chosen or chosen[0] < 0 or chosen[-1] >= len(layers):
         raise ConfigError(
             "moe.layers names no layer, or one that the model does not have", found=request, expected=expected
         )
-    return tuple(chosen)
+    return tuple(layers[index] for index in chosen)
+
+
+def _shared(config: MoeConfig, ffn_width: int) -> tuple[Shared, int]:
+    """What the shared expert is made of, and its width where that is not copies."""
+    neurons = config.shared_neurons
+    if neurons is None:
+        return "copies", 0
+    if config.shared_experts:
+        raise ConfigError(
+            "moe.shared_experts and moe.shared_neurons both say what the shared expert is made of",
+            found=f"shared_experts={config.shared_experts}, shared_neurons={neurons}",
+            expected="one of them",
+        )
+    if neurons == "all":
+        return "whole", ffn_width
+    if isinstance(neurons, bool) or not isinstance(neurons, int) or not 0 < neurons < ffn_width:
+        expected = f"1 to {ffn_width - 1} of the FFN's {ffn_width} neurons, or all"
+        raise ConfigError("moe.shared_neurons is out of range", found=neurons, expected=expected)
+    return "part", neurons
 
 
 def _check_experts(top_k: int, expansion: int, granularity: int) -> None:

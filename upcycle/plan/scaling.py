@@ -1,8 +1,8 @@
 """Weight scaling: what undoes the router's weights, and which matrix carries it (arXiv 2410.07524).
 
 The routed output of a virtual group initialised MoE is mass/G of the dense FFN's, where mass is the router weight of
-all selected experts together: T/(E*G) for softmax-then-topK at a small router std, 1 for topK-then-softmax. So the
-output is multiplied by a = G/mass, which is E*G^2/T and G respectively.
+all selected experts together: T/(E*G) for softmax-then-topK at a small router std, 1 for topK-then-softmax and for
+sigmoids that are divided by their sum. So the output is multiplied by a = G/mass, which is E*G^2/T and G respectively.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LayerScaling:
 
 def expected_mass(moe: MoeShape) -> float:
     """Router weight of the selected experts together when all groups are equally likely."""
-    return 1.0 if moe.router_order == "topk_softmax" else moe.top_k / moe.experts
+    return moe.top_k / moe.experts if moe.router_order == "softmax_topk" else 1.0
 
 
 def degree(activation: str, *, gated: bool) -> int:
@@ -72,15 +72,22 @@ def paper(output: float, *, granularity: int, degree: int, gated: bool) -> Layer
     return LayerScaling(output=output, matrix=matrix, bias=bias)
 
 
-def unscaled(*, gated: bool) -> LayerScaling:
-    """No factor anywhere."""
+def unscaled(*, gated: bool, output: float = 1.0) -> LayerScaling:
+    """No factor on any tensor; `output` is what something else multiplies by."""
     ones: dict[Role, float] = {"up": 1.0, "down": 1.0}
     if gated:
         ones["gate"] = 1.0
-    return LayerScaling(output=1.0, matrix=ones, bias=ones)
+    return LayerScaling(output=output, matrix=ones, bias=ones)
 
 
-def layer_scaling(rule: str | float, *, mass: float, granularity: int, activation: str, gated: bool) -> LayerScaling:
+def in_config(rule: str | float) -> bool:
+    """Whether a field of config.json can carry the whole factor, so that experts are copies of shards byte for byte."""
+    return rule not in ("paper", "down", "none")
+
+
+def layer_scaling(
+    rule: str | float, *, mass: float, granularity: int, activation: str, gated: bool, field: bool = False
+) -> LayerScaling:
     """The factors of one layer.
 
     Args:
@@ -89,11 +96,14 @@ def layer_scaling(rule: str | float, *, mass: float, granularity: int, activatio
         granularity: G.
         activation: transformers' name of the activation.
         gated: whether the FFN has a gate.
+        field: whether the type has a field in config.json for it.
     """
     homogeneity = degree(activation, gated=gated)
     if rule == "none":
         return unscaled(gated=gated)
     output = granularity / mass if isinstance(rule, str) else rule
+    if field and in_config(rule):
+        return unscaled(gated=gated, output=output)
     if rule == "paper":
         return paper(output, granularity=granularity, degree=homogeneity, gated=gated)
     placed = 0 if rule == "down" else homogeneity

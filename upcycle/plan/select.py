@@ -10,7 +10,7 @@ from upcycle.errors import ConfigError, TargetError, did_you_mean
 
 if TYPE_CHECKING:
     from upcycle.arch.family import DenseModel
-    from upcycle.arch.moe import MoeShape
+    from upcycle.arch.moe import MoeShape, RouterOrder
     from upcycle.arch.target import Target
 
 
@@ -45,6 +45,11 @@ def select_target(name: str, model: DenseModel, moe: MoeShape, *, portable: bool
             remedy=f"set target={fitting[0]}, or target=auto",
         )
     return TARGETS[name], (f"{name} was asked for, and expresses the model and the routing exactly",)
+
+
+def own_order(model_type: str) -> RouterOrder:
+    """The order of softmax, or sigmoids, and top-k of a dense family's own mixtures; softmax_topk where it has none."""
+    return next((each.router_orders[0] for each in TARGETS.values() if each.family == model_type), "softmax_topk")
 
 
 def _exact(served: tuple[Serving, ...]) -> int:

@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from upcycle.arch.padding import ALMOST_ZERO
-from upcycle.arch.target import Matrix, Target, matrices
-from upcycle.plan.experts import FfnParts, router_rows
+from upcycle.arch.target import Matrix, matrices
+from upcycle.plan.experts import FfnParts, dummy_neurons, router_rows
 from upcycle.plan.parts import Constant, Part, Take, Whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping
 
     from upcycle.arch.family import DenseModel, Role, Rows, Shape
     from upcycle.arch.moe import MoeShape
     from upcycle.arch.padding import Padding
+    from upcycle.arch.target import Target
     from upcycle.options.config import InitConfig
     from upcycle.plan.scaling import LayerScaling
 
@@ -32,7 +33,8 @@ class TargetTensor:
         shape: shape on disk.
         dtype: safetensors code.
         parts: what it is made of.
-        kind: backbone, router, expert, shared or shared_gate; of what engines need, zeros or copy.
+        kind: backbone, router, router_bias, expert, shared or shared_gate; of what engines need, zeros or copy.
+        layer: index of its layer; None outside the layers.
     """
 
     name: str
@@ -40,6 +42,7 @@ class TargetTensor:
     dtype: str
     parts: tuple[Part, ...]
     kind: str
+    layer: int | None = None
 
     @property
     def provenance(self) -> str:
@@ -50,20 +53,11 @@ class TargetTensor:
         return " | ".join(runs) or "empty"
 
 
-def target_tensors(
-    model: DenseModel,
-    moe: MoeShape,
-    init: InitConfig,
-    target: Target,
-    dtypes: Mapping[str, str],
-    scaling: Mapping[int, LayerScaling],
-    *,
-    padding: Padding | None,
-    padded: Mapping[str, Any],
-) -> Iterator[TargetTensor]:
-    """Every tensor to write, in order.
+@dataclass(frozen=True, kw_only=True)
+class Tensors:
+    """Every tensor of a conversion.
 
-    Args:
+    Attributes:
         model: the dense model.
         moe: the MoE's shape.
         init: how experts and router start.
@@ -73,114 +67,137 @@ def target_tensors(
         padding: of the type; None where it is left out.
         padded: fields of config.json that speak of zeros.
     """
-    prefix = target.layout.prefix
-    for name, shape in model.outer_shapes().items():
-        yield _whole(prefix + name, name, shape, dtypes)
-    for layer in range(model.layers):
+
+    model: DenseModel
+    moe: MoeShape
+    init: InitConfig
+    target: Target
+    dtypes: Mapping[str, str]
+    scaling: Mapping[int, LayerScaling]
+    padding: Padding | None
+    padded: Mapping[str, Any]
+
+    def all(self) -> Iterator[TargetTensor]:
+        """Yield them in the order in which they are written."""
+        for name, shape in self.model.outer_shapes().items():
+            yield self._whole(name, shape)
+        for layer in range(self.model.layers):
+            yield from (replace(tensor, layer=layer) for tensor in self._layer(layer))
+        if self.padding and self.model.tied:
+            copied = self.padding.embedding
+            whole = self._whole(copied, self.model.outer_shapes()[copied])
+            yield replace(whole, name=self.padding.head, kind="copy")
+
+    def _layer(self, layer: int) -> Iterator[TargetTensor]:
+        model, moe = self.model, layer in self.scaling
         start = model.family.layer.format(layer=layer)
-        backbone = model.backbone_layer_shapes()
-        if layer not in scaling:
-            backbone |= dict(model.ffn_shapes())
-        split = {} if target.generic else {n: r for n, r in model.family.native_names.items() if r.tensor in backbone}
+        backbone = model.backbone_layer_shapes(layer) if moe else model.layer_shapes(layer)
+        names = {} if self.target.generic else model.family.native_names
+        split = {name: rows for name, rows in names.items() if rows.tensor in backbone}
         for name, rows in split.items():
-            yield _rows(prefix + start + name, start + rows.tensor, rows, model, dtypes)
+            yield self._rows(start + name, start + rows.tensor, rows)
         fused = {rows.tensor for rows in split.values()}
         for name, shape in backbone.items():
             if name not in fused:
-                yield _whole(prefix + start + name, start + name, shape, dtypes)
-        if layer in scaling:
-            shared_gate = SIGMOID_OF_ZERO if target.layout.shared_gate else 1.0
-            parts = FfnParts(
-                model=model,
-                moe=moe,
-                init=init,
-                layer=layer,
-                scaling=scaling[layer],
-                shared_gate=shared_gate,
-            )
-            dtype = _common_dtype({dtypes[name] for name, _ in ffn_tensors(model, layer)})
-            yield from _moe_layer(parts, target, prefix + start, dtype, padding=padding, padded=padded)
-        if padding and padding.bias_field in padded:
-            dtype = _common_dtype({dtypes[name] for name, _ in ffn_tensors(model, layer)})
-            for name, size in padding.biases.items():
-                yield _zeros(start + name, model.shape(size), dtype)
-    if padding and model.tied:
-        copy = (Whole(source=padding.embedding),)
-        shape, dtype = model.outer_shapes()[padding.embedding], dtypes[padding.embedding]
-        yield TargetTensor(name=padding.head, shape=shape, dtype=dtype, parts=copy, kind="copy")
+                yield self._whole(start + name, shape)
+        if moe:
+            yield from self._mixture(layer)
+        if self.padding and self.padding.bias_field in self.padded:
+            for name, size in self.padding.biases.items():
+                yield self._zeros(layer, name, model.shape(size))
 
+    def _mixture(self, layer: int) -> Iterator[TargetTensor]:
+        layout, model, moe = self.target.layout, self.model, self.moe
+        hidden, router = model.hidden_size, router_rows(model, moe, self.init, layer)
+        shared_gate = SIGMOID_OF_ZERO if layout.shared_gate else 1.0
+        parts = FfnParts(
+            model=model, moe=moe, init=self.init, layer=layer, scaling=self.scaling[layer], shared_gate=shared_gate
+        )
+        yield self._made(layer, layout.router, (moe.experts, hidden), [router], "router")
+        if layout.correction_bias:
+            bias = self._made(layer, layout.correction_bias, (moe.experts,), [Constant(numel=moe.experts)], "")
+            yield replace(bias, dtype="F32", kind="router_bias")
+        for matrix in matrices(layout.experts, gated=model.gated):
+            name, shape = layout.experts[matrix], _matrix_shape(matrix, hidden, moe.expert_width)
+            if "{expert}" in name:
+                for expert in range(moe.experts):
+                    yield self._made(layer, name, shape, _routed(parts, matrix, expert), "expert", expert=expert)
+            else:
+                stacked = (part for expert in range(moe.experts) for part in _routed(parts, matrix, expert))
+                yield self._made(layer, name, (moe.experts, *shape), stacked, "expert")
+                if model.ffn_bias:
+                    biases = _stacked_bias(parts, matrix)
+                    yield self._made(layer, f"{name}_bias", (moe.experts, shape[0]), biases, "expert")
+        yield from self._shared(layer, parts)
+        if layout.shared_gate:
+            value = Constant(numel=hidden, value=ALMOST_ZERO if self.padding else 0.0)
+            gate = self._made(layer, layout.shared_gate, (1, hidden), [value], "shared_gate")
+            # float16 has no number so small.
+            yield replace(gate, dtype="F32") if self.padding and gate.dtype == "F16" else gate
 
-def _common_dtype(codes: set[str]) -> str:
-    """The narrowest type that holds the values of all these exactly."""
-    return next(iter(codes)) if len(codes) == 1 else "F64" if "F64" in codes else "F32"
-
-
-def _moe_layer(
-    parts: FfnParts,
-    target: Target,
-    start: str,
-    dtype: str,
-    *,
-    padding: Padding | None,
-    padded: Mapping[str, Any],
-) -> Iterator[TargetTensor]:
-    layout, model, moe = target.layout, parts.model, parts.moe
-    gated, hidden = model.family.ffn.gate is not None, model.hidden_size
-
-    def tensor(name: str, shape: Shape, made_of: Iterator[Part] | Sequence[Part], kind: str) -> TargetTensor:
-        return TargetTensor(name=start + name, shape=shape, dtype=dtype, parts=tuple(made_of), kind=kind)
-
-    yield tensor(layout.router, (moe.experts, hidden), [router_rows(model, moe, parts.init, parts.layer)], "router")
-    for matrix in matrices(layout.experts, gated=gated):
-        name, shape = layout.experts[matrix], _matrix_shape(matrix, hidden, parts.width)
-        if "{expert}" in name:
-            for expert in range(moe.experts):
-                yield tensor(name.format(expert=expert), shape, _routed(parts, matrix, expert), "expert")
-        else:
-            stacked = (part for expert in range(moe.experts) for part in _routed(parts, matrix, expert))
-            yield tensor(name, (moe.experts, *shape), stacked, "expert")
+    def _shared(self, layer: int, parts: FfnParts) -> Iterator[TargetTensor]:
+        layout, model, width = self.target.layout, self.model, self.moe.shared_width
+        zeros = self.padding is not None and self.padding.width_field in self.padded
+        if not (width or zeros) and layout.shared_least is None:
+            return
+        for matrix in matrices(layout.shared, gated=model.gated):
+            name, roles = layout.shared[matrix], _roles(matrix)
+            if zeros and self.padding:
+                yield self._zeros(layer, name, _matrix_shape(matrix, model.hidden_size, self.padding.width))
+                continue
+            least = layout.shared_least or 0
+            shape = _matrix_shape(matrix, model.hidden_size, max(width, least))
+            if width:
+                made_of = [part for role in roles for part in parts.shared(role)]
+            else:
+                made_of = [dummy_neurons(model, layer, matrix, least)] if least else []
+            yield self._made(layer, name, shape, made_of, "shared")
             if model.ffn_bias:
-                yield tensor(f"{name}_bias", (moe.experts, shape[0]), _stacked_bias(parts, matrix), "expert")
-    if padding and padding.width_field in padded:
-        for matrix in matrices(layout.shared, gated=gated):
-            yield _zeros(start + layout.shared[matrix], _matrix_shape(matrix, hidden, padding.width), dtype)
-    else:
-        yield from _shared_expert(parts, layout.shared, layout.shared_always, gated, tensor)
-    if layout.shared_gate:
-        value = Constant(numel=hidden, value=ALMOST_ZERO if padding else 0.0)
-        gate = tensor(layout.shared_gate, (1, hidden), [value], "shared_gate")
-        # float16 has no number so small.
-        yield replace(gate, dtype="F32") if padding and dtype == "F16" else gate
+                bias = name.removesuffix("weight") + "bias"
+                yield self._made(layer, bias, shape[:1], parts.shared_bias(roles[0]), "shared")
+
+    def _stored(self, name: str) -> str:
+        prefix = self.target.layout.prefix
+        return prefix + (self.model.family.in_memory(name) if self.target.generic else name)
+
+    def _made(
+        self, layer: int, name: str, shape: Shape, parts: Iterable[Part], kind: str, *, expert: int | None = None
+    ) -> TargetTensor:
+        """A tensor of a layer that replaces something of its FFN, by its name in the layout."""
+        family = self.model.family
+        full = self._stored(family.layer.format(layer=layer)) + name.format(expert=expert, ffn=family.ffn.module)
+        return TargetTensor(name=full, shape=shape, dtype=self._ffn_dtype(layer), parts=tuple(parts), kind=kind)
+
+    def _zeros(self, layer: int, name: str, shape: Shape) -> TargetTensor:
+        return self._made(layer, name, shape, [Constant(numel=math.prod(shape))], "zeros")
+
+    def _ffn_dtype(self, layer: int) -> str:
+        """The narrowest type that holds the values of all of an FFN exactly."""
+        codes = {self.dtypes[name] for name, _ in ffn_tensors(self.model, layer)}
+        return next(iter(codes)) if len(codes) == 1 else "F64" if "F64" in codes else "F32"
+
+    def _whole(self, source: str, shape: Shape) -> TargetTensor:
+        dtype, parts = self.dtypes[source], (Whole(source=source),)
+        return TargetTensor(name=self._stored(source), shape=shape, dtype=dtype, parts=parts, kind="backbone")
+
+    def _rows(self, name: str, source: str, rows: Rows) -> TargetTensor:
+        start, stop, hidden = self.model.size(rows.start), self.model.size(rows.stop), self.model.hidden_size
+        parts = (Take(source=source, rows=(start, stop), cols=(0, hidden)),)
+        dtype, shape = self.dtypes[source], (stop - start, hidden)
+        return TargetTensor(name=self._stored(name), shape=shape, dtype=dtype, parts=parts, kind="backbone")
 
 
-def _shared_expert(
-    parts: FfnParts, names: Mapping[Matrix, str], always: bool, gated: bool, tensor: Any
-) -> Iterator[TargetTensor]:
-    count, model = parts.moe.shared_experts, parts.model
-    if not count and not always:
-        return
-    for matrix in matrices(names, gated=gated):
-        shape = _matrix_shape(matrix, model.hidden_size, parts.width * count)
-        roles: tuple[Role, ...] = ("gate", "up") if matrix == "gate_up" else (matrix,)
-        made_of = [part for role in roles for part in parts.shared(role)] if count else []
-        yield tensor(names[matrix], shape, made_of, "shared")
-        if model.ffn_bias:
-            name = names[matrix].removesuffix("weight") + "bias"
-            yield tensor(name, shape[:1], parts.shared_bias(roles[0]), "shared")
+def _roles(matrix: Matrix) -> tuple[Role, ...]:
+    return ("gate", "up") if matrix == "gate_up" else (matrix,)
 
 
 def _routed(parts: FfnParts, matrix: Matrix, expert: int) -> list[Part]:
-    if matrix == "gate_up":
-        return [parts.expert(expert, "gate"), parts.expert(expert, "up")]
-    return [parts.expert(expert, matrix)]
+    return [parts.expert(expert, role) for role in _roles(matrix)]
 
 
 def _stacked_bias(parts: FfnParts, matrix: Matrix) -> Iterator[Part]:
-    if matrix == "gate_up":
-        for gate, up in zip(parts.expert_bias("gate"), parts.expert_bias("up"), strict=True):
-            yield from (gate, up)
-    else:
-        yield from parts.expert_bias(matrix)
+    for biases in zip(*(parts.expert_bias(role) for role in _roles(matrix)), strict=True):
+        yield from biases
 
 
 def _matrix_shape(matrix: Matrix, hidden: int, width: int) -> Shape:
@@ -189,20 +206,6 @@ def _matrix_shape(matrix: Matrix, hidden: int, width: int) -> Shape:
     return (2 * width if matrix == "gate_up" else width, hidden)
 
 
-def _zeros(name: str, shape: Shape, dtype: str) -> TargetTensor:
-    return TargetTensor(name=name, shape=shape, dtype=dtype, parts=(Constant(numel=math.prod(shape)),), kind="zeros")
-
-
 def ffn_tensors(model: DenseModel, layer: int) -> Iterator[tuple[str, Shape]]:
     start = model.family.layer.format(layer=layer)
     return ((start + name, shape) for name, shape in model.ffn_shapes())
-
-
-def _whole(name: str, source: str, shape: Shape, dtypes: Mapping[str, str]) -> TargetTensor:
-    return TargetTensor(name=name, shape=shape, dtype=dtypes[source], parts=(Whole(source=source),), kind="backbone")
-
-
-def _rows(name: str, source: str, rows: Rows, model: DenseModel, dtypes: Mapping[str, str]) -> TargetTensor:
-    start, stop, hidden = model.size(rows.start), model.size(rows.stop), model.hidden_size
-    take = Take(source=source, rows=(start, stop), cols=(0, hidden))
-    return TargetTensor(name=name, shape=(stop - start, hidden), dtype=dtypes[source], parts=(take,), kind="backbone")

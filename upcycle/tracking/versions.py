@@ -19,15 +19,23 @@ def upgraded(options: Mapping[str, Any]) -> dict[str, Any]:
         return now  # damaged, which whoever needs them will say
     whole = now["router"].pop("select_groups", None)
     now["moe"].setdefault("groups", "whole" if whole else "free" if _has_groups(now) else "auto")
+    now["moe"].setdefault("shared_neurons", None)
     now["router"].setdefault("release", None)
     return now
 
 
 def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Today's options as the first records have them: what tells two runs apart, whenever they were made."""
+    """Today's options as the first records have them: what tells two runs apart, whenever they were made.
+
+    They know no `moe.router_order=auto`: it is the softmax_topk of their families, which have no mixtures of their own.
+    """
     then = deepcopy(dict(options))
     if not _has_groups(then) or (then["moe"]["groups"] == "free" and then["model"] != "checkpoint"):
         del then["moe"]["groups"]
+    if then["moe"]["router_order"] == "auto":
+        then["moe"]["router_order"] = "softmax_topk"
+    if then["moe"]["shared_neurons"] is None:
+        del then["moe"]["shared_neurons"]
     if then["router"]["release"] is None:
         del then["router"]["release"]
     then["router"]["select_groups"] = None

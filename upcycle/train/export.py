@@ -12,7 +12,6 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from upcycle.arch.engines import Serving, serving
-from upcycle.arch.targets import TARGETS
 from upcycle.checkpoint import Staging
 from upcycle.convert.beside import gathered
 from upcycle.convert.card import trained_card
@@ -22,7 +21,7 @@ from upcycle.models.auxiliary import GENERATION_CONFIG
 from upcycle.models.config import load_config
 from upcycle.models.load import quietly
 from upcycle.models.manifest import FORMAT, MANIFEST
-from upcycle.models.moe import config_features, describe_config, regrouped
+from upcycle.models.moe import config_features, describe_config, regrouped, target_of
 from upcycle.models.padding import with_padding
 from upcycle.models.source import expanded
 from upcycle.models.spelling import with_old_words
@@ -70,7 +69,7 @@ def export(config: ExportConfig, *, more: Mapping[str, str] | None = None) -> Pa
         groups = groups_at(trained.router, step=content["global_step"], steps=run["steps"]) or trained.moe.groups
         model, moe = _model(directory / MODEL, trained, run["manifest"], weights, groups)
         nn.Module.to(model, dtype)
-        target = TARGETS.get(model.config.model_type)
+        target = target_of(model.config.to_dict())
         fingerprint = hashlib.sha256(json.dumps([run["config"], content["global_step"]]).encode()).hexdigest()
         written = with_padding(model, target) if target and config.portable else model
         with (
@@ -118,7 +117,7 @@ def exported_config(
         ConfigError: the model's type cannot store that; names the option.
     """
     config = load_config(description)
-    target = TARGETS.get(config.model_type)
+    target = target_of(config.to_dict())
     if target is None:
         return config, None
     moe = regrouped(describe_config(target, config, manifest), groups)

@@ -33,7 +33,7 @@ from upcycle.models.load import (
     quietly,
 )
 from upcycle.models.manifest import read_manifest
-from upcycle.models.moe import MoeDescription, describe_config, describe_moe, regrouped
+from upcycle.models.moe import MoeDescription, describe_config, describe_moe, regrouped, target_of
 from upcycle.models.padding import without_padding
 from upcycle.models.source import expanded, open_source
 from upcycle.options.config import ConvertConfig
@@ -214,7 +214,7 @@ def _from_architecture(config: TrainConfig, architecture: dict[str, Any], ranks:
 
 def _checkpoint(config: TrainConfig, ranks: Ranks) -> Start:
     directory = expanded(str(config.source))
-    if read_config(directory).get("model_type") not in TARGETS:
+    if target_of(read_config(directory)) is None:
         return _dense(config, ranks)
     moe = regrouped(describe_moe(directory), config.moe.groups)
     check_experts(ranks.layout, moe.experts)

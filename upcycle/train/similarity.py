@@ -40,15 +40,12 @@ def shard_reader(conversion: Conversion, moe: MoeDescription) -> Callable[[int],
         moe: the model that is trained.
     """
     materialiser = Materialiser(conversion.source.read, 0)
-    tensors = conversion.target_tensors()
-    layer_path = conversion.source.model.family.layer
 
     def read(layer: int) -> Matrices:
-        start = f"language_model.{layer_path.format(layer=layer)}mlp.experts."
         stacked = {
-            name.removeprefix(start): materialiser.tensor(tensor, torch.float32)
-            for name, tensor in tensors.items()
-            if name.startswith(start) and len(tensor.shape) == 3
+            tensor.name.rpartition(".")[2]: materialiser.tensor(tensor, torch.float32)
+            for tensor in conversion.plan.tensors
+            if tensor.layer == layer and tensor.kind == "expert" and len(tensor.shape) == 3
         }
         return _split(stacked)
 

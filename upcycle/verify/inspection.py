@@ -13,11 +13,10 @@ from rich.table import Table
 from torch import Tensor
 
 from upcycle.arch.target import matrices
-from upcycle.arch.targets import TARGETS
 from upcycle.checkpoint import TensorReader, open_reader
 from upcycle.models.config import read_config
 from upcycle.models.manifest import read_manifest
-from upcycle.models.moe import MoeDescription, describe_moe
+from upcycle.models.moe import MoeDescription, describe_moe, target_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -42,7 +41,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         "architectures": raw.get("architectures"),
         "sizes": _sizes(reader),
     }
-    if raw.get("model_type") in TARGETS:
+    if target_of(raw):
         moe = describe_moe(directory)
         found["moe"] = _shape(moe)
         found["similarity"] = similarity(reader, moe)
@@ -81,13 +80,13 @@ def similarity(reader: TensorReader, moe: MoeDescription) -> list[dict[str, Any]
 
 def _expert_matrices(reader: TensorReader, moe: MoeDescription, layer: int) -> Iterator[list[Tensor]]:
     """For each stored matrix of a layer, its flattened weights expert by expert."""
-    layout, start = moe.target.layout, moe.layer_path.format(layer=layer)
+    layout, start = moe.target.layout, moe.stored_layer.format(layer=layer)
     for matrix in matrices(layout.experts, gated=moe.gated):
-        name = start + layout.experts[matrix]
+        name = layout.experts[matrix]
         if "{expert}" in name:
-            yield [reader.read(name.format(expert=expert)).flatten() for expert in range(moe.experts)]
+            yield [reader.read(start + name.format(expert=each)).flatten() for each in range(moe.experts)]
         else:
-            yield list(reader.read(name).flatten(1))
+            yield list(reader.read(start + name.format(ffn=moe.ffn)).flatten(1))
 
 
 def _gram(weights: list[Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 from upcycle.arch.backbone import Backbone, layer_windows, optional_bias
 from upcycle.arch.families.common import EMBEDDING_AND_NORM, HEAD_QK_NORM, QKVO, QKVO_BIAS, SANDWICH_NORM
-from upcycle.arch.family import Family
+from upcycle.arch.family import Family, block
 
 
 def backbone(config: Any) -> Backbone:
@@ -23,8 +23,7 @@ def backbone(config: Any) -> Backbone:
 FAMILY = Family(
     model_type="gemma3_text",
     outer=EMBEDDING_AND_NORM,
-    per_layer={**QKVO, **HEAD_QK_NORM, **SANDWICH_NORM},
-    optional={"attention_bias": QKVO_BIAS},
+    kinds=block({**QKVO, **HEAD_QK_NORM, **SANDWICH_NORM}, optional={"attention_bias": QKVO_BIAS}),
     activation="hidden_activation",
     backbone=backbone,
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 from upcycle.arch.backbone import Backbone, optional_bias, rope_extras
 from upcycle.arch.families.common import EMBEDDING_AND_NORM, PRE_NORM, QKVO, QKVO_BIAS
-from upcycle.arch.family import Family, Ffn
+from upcycle.arch.family import Family, Ffn, block
 
 
 def backbone(config: Any) -> Backbone:
@@ -19,9 +19,7 @@ def backbone(config: Any) -> Backbone:
 
 FAMILY = Family(
     model_type="llama",
-    ffn=Ffn(bias="mlp_bias"),
     outer=EMBEDDING_AND_NORM,
-    per_layer={**QKVO, **PRE_NORM},
-    optional={"attention_bias": QKVO_BIAS},
+    kinds=block({**QKVO, **PRE_NORM}, optional={"attention_bias": QKVO_BIAS}, ffn=Ffn(bias="mlp_bias")),
     backbone=backbone,
 )

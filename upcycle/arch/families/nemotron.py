@@ -6,7 +6,7 @@ from typing import Any
 
 from upcycle.arch.backbone import Backbone, optional_bias, rope_extras
 from upcycle.arch.families.common import EMBEDDING_AND_NORM, PRE_NORM, QKVO, QKVO_BIAS
-from upcycle.arch.family import Family, Ffn
+from upcycle.arch.family import Family, Ffn, block
 
 
 def backbone(config: Any) -> Backbone:
@@ -20,9 +20,11 @@ def backbone(config: Any) -> Backbone:
 
 FAMILY = Family(
     model_type="nemotron",
-    ffn=Ffn(gate=None, bias="mlp_bias"),
     outer={**EMBEDDING_AND_NORM, "model.norm.bias": "H"},
-    per_layer={**QKVO, **PRE_NORM, "input_layernorm.bias": "H", "post_attention_layernorm.bias": "H"},
-    optional={"attention_bias": QKVO_BIAS},
+    kinds=block(
+        {**QKVO, **PRE_NORM, "input_layernorm.bias": "H", "post_attention_layernorm.bias": "H"},
+        optional={"attention_bias": QKVO_BIAS},
+        ffn=Ffn(gate=None, bias="mlp_bias"),
+    ),
     backbone=backbone,
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 from upcycle.arch.backbone import Backbone, optional_bias
 from upcycle.arch.families.common import EMBEDDING, QKVO, QKVO_BIAS
-from upcycle.arch.family import Family
+from upcycle.arch.family import Family, block
 
 
 def backbone(config: Any) -> Backbone:
@@ -21,7 +21,6 @@ def backbone(config: Any) -> Backbone:
 FAMILY = Family(
     model_type="olmo",
     outer=EMBEDDING,
-    per_layer=QKVO,
-    optional={"attention_bias": QKVO_BIAS},
+    kinds=block(QKVO, optional={"attention_bias": QKVO_BIAS}),
     backbone=backbone,
 )

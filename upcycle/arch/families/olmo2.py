@@ -6,7 +6,7 @@ from typing import Any
 
 from upcycle.arch.backbone import Backbone, optional_bias, rope_extras
 from upcycle.arch.families.common import EMBEDDING_AND_NORM, FULL_QK_NORM, POST_NORM, QKVO, QKVO_BIAS
-from upcycle.arch.family import Family
+from upcycle.arch.family import Family, block
 
 
 def backbone(config: Any) -> Backbone:
@@ -22,7 +22,6 @@ def backbone(config: Any) -> Backbone:
 FAMILY = Family(
     model_type="olmo2",
     outer=EMBEDDING_AND_NORM,
-    per_layer={**QKVO, **FULL_QK_NORM, **POST_NORM},
-    optional={"attention_bias": QKVO_BIAS},
+    kinds=block({**QKVO, **FULL_QK_NORM, **POST_NORM}, optional={"attention_bias": QKVO_BIAS}),
     backbone=backbone,
 )

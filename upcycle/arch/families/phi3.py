@@ -6,7 +6,7 @@ from typing import Any
 
 from upcycle.arch.backbone import Backbone, layer_windows, rope_extras
 from upcycle.arch.families.common import EMBEDDING_AND_NORM, PRE_NORM
-from upcycle.arch.family import Family, Ffn, Rows
+from upcycle.arch.family import Family, Ffn, Rows, block
 
 
 def backbone(config: Any) -> Backbone:
@@ -27,9 +27,10 @@ GATE_UP = "mlp.gate_up_proj.weight"
 
 FAMILY = Family(
     model_type="phi3",
-    ffn=Ffn(gate="gate_up_proj", up="gate_up_proj"),
     outer=EMBEDDING_AND_NORM,
-    per_layer={QKV: "Q+2*K H", "self_attn.o_proj.weight": "H Q", **PRE_NORM},
+    kinds=block(
+        {QKV: "Q+2*K H", "self_attn.o_proj.weight": "H Q", **PRE_NORM}, ffn=Ffn(gate="gate_up_proj", up="gate_up_proj")
+    ),
     native_names={
         "self_attn.q_proj.weight": Rows(tensor=QKV, stop="Q"),
         "self_attn.k_proj.weight": Rows(tensor=QKV, start="Q", stop="Q+K"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from upcycle.arch.backbone import Backbone, layer_windows, rope_extras
 from upcycle.arch.families.common import EMBEDDING_AND_NORM, PRE_NORM, QKV_BIAS, QKVO
-from upcycle.arch.family import Family
+from upcycle.arch.family import Family, block
 
 
 def backbone(config: Any) -> Backbone:
@@ -16,6 +16,6 @@ def backbone(config: Any) -> Backbone:
 FAMILY = Family(
     model_type="qwen2",
     outer=EMBEDDING_AND_NORM,
-    per_layer={**QKVO, **QKV_BIAS, **PRE_NORM},
+    kinds=block({**QKVO, **QKV_BIAS, **PRE_NORM}),
     backbone=backbone,
 )

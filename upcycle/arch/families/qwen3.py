@@ -6,7 +6,7 @@ from typing import Any
 
 from upcycle.arch.backbone import Backbone, layer_windows, optional_bias, rope_extras
 from upcycle.arch.families.common import EMBEDDING_AND_NORM, HEAD_QK_NORM, PRE_NORM, QKVO, QKVO_BIAS
-from upcycle.arch.family import Family
+from upcycle.arch.family import Family, block
 
 
 def backbone(config: Any) -> Backbone:
@@ -21,7 +21,6 @@ def backbone(config: Any) -> Backbone:
 FAMILY = Family(
     model_type="qwen3",
     outer=EMBEDDING_AND_NORM,
-    per_layer={**QKVO, **HEAD_QK_NORM, **PRE_NORM},
-    optional={"attention_bias": QKVO_BIAS},
+    kinds=block({**QKVO, **HEAD_QK_NORM, **PRE_NORM}, optional={"attention_bias": QKVO_BIAS}),
     backbone=backbone,
 )

@@ -15,7 +15,7 @@ def fields(model: DenseModel, moe: MoeShape) -> dict[str, Any]:
     return {
         **native_fields(model),
         "attention_bias": model.backbone.attention_bias == "qkvo",
-        "intermediate_size": model.ffn_width // moe.granularity,
+        "intermediate_size": moe.expert_width,
         **router_fields(moe),
     }
 

@@ -12,12 +12,11 @@ if TYPE_CHECKING:
 
 
 def fields(model: DenseModel, moe: MoeShape) -> dict[str, Any]:
-    width = model.ffn_width // moe.granularity
     return {
         **native_fields(model),
         "attention_bias": model.backbone.attention_bias == "qkvo",
-        "intermediate_size": width,
-        "shared_intermediate_size": moe.shared_experts * width,
+        "intermediate_size": moe.expert_width,
+        "shared_intermediate_size": moe.shared_width,
         "num_local_experts": moe.experts,
         "num_experts_per_tok": moe.top_k,
         "attention_multiplier": model.sizes["D"] ** -0.5,

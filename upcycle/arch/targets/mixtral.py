@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def fields(model: DenseModel, moe: MoeShape) -> dict[str, Any]:
     return {
         **native_fields(model),
-        "intermediate_size": model.ffn_width // moe.granularity,
+        "intermediate_size": moe.expert_width,
         "num_local_experts": moe.experts,
         "num_experts_per_tok": moe.top_k,
         "sliding_window": model.backbone.windows[0] or None,

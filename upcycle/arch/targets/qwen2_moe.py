@@ -14,14 +14,13 @@ if TYPE_CHECKING:
 
 
 def fields(model: DenseModel, moe: MoeShape) -> dict[str, Any]:
-    width = model.ffn_width // moe.granularity
     windows = model.backbone.windows
     return {
         **native_fields(model),
         "qkv_bias": model.backbone.attention_bias == "qkv",
         "intermediate_size": model.ffn_width,
-        "moe_intermediate_size": width,
-        "shared_expert_intermediate_size": moe.shared_experts * width,
+        "moe_intermediate_size": moe.expert_width,
+        "shared_expert_intermediate_size": moe.shared_width,
         **router_fields(moe),
         "mlp_only_layers": dense_layer_indices(model, moe),
         "use_sliding_window": any(windows),
@@ -45,7 +44,7 @@ TARGET = Target(
             "down": "mlp.shared_expert.down_proj.weight",
         },
         shared_gate="mlp.shared_expert_gate.weight",
-        shared_always=True,
+        shared_least=0,
     ),
     fields=fields,
     padding=Padding(

@@ -17,7 +17,7 @@ def fields(model: DenseModel, moe: MoeShape) -> dict[str, Any]:
         **native_fields(model),
         "attention_bias": model.backbone.attention_bias == "qkvo",
         "intermediate_size": model.ffn_width,
-        "moe_intermediate_size": model.ffn_width // moe.granularity,
+        "moe_intermediate_size": moe.expert_width,
         **router_fields(moe),
         "mlp_only_layers": dense_layer_indices(model, moe),
         "use_sliding_window": bool(window),

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from upcycle.arch.target import Layout, Target
+from upcycle.arch.target import OF_THE_FILE, Layout, Target
 
 if TYPE_CHECKING:
     from upcycle.arch.family import DenseModel
     from upcycle.arch.moe import MoeShape
 
-# What a dense config says about the file it came from, not about the model.
-OF_THE_FILE = ("_name_or_path", "dtype", "transformers_version")
 AUTO_MAP = {
     "AutoConfig": "configuration_upcycled_moe.UpcycledMoeConfig",
     "AutoModelForCausalLM": "modeling_upcycled_moe.UpcycledMoeForCausalLM",
@@ -19,19 +17,19 @@ AUTO_MAP = {
 
 
 def fields(model: DenseModel, moe: MoeShape) -> dict[str, Any]:
-    width = model.ffn_width // moe.granularity
     dropout = model.family.ffn.dropout
     return {
         "text_config": {name: value for name, value in model.config.to_dict().items() if name not in OF_THE_FILE},
         "tie_word_embeddings": model.tied,
         "num_experts": moe.experts,
         "num_experts_per_tok": moe.top_k,
-        "moe_intermediate_size": width,
-        "shared_expert_intermediate_size": moe.shared_experts * width,
+        "moe_intermediate_size": moe.expert_width,
+        "shared_expert_intermediate_size": moe.shared_width,
         "router_order": moe.router_order,
+        "router_renormalise": moe.router_order == "sigmoid_topk",
         "moe_layers": list(moe.layers),
         "ffn_path": model.ffn_module(),
-        "gated": model.family.ffn.gate is not None,
+        "gated": model.gated,
         "hidden_act": model.activation,
         "ffn_bias": model.ffn_bias,
         "ffn_dropout": getattr(model.config, dropout) if dropout else 0.0,
@@ -50,16 +48,19 @@ TARGET = Target(
     dense_layers=True,
     layout=Layout(
         prefix="language_model.",
+        router="{ffn}.gate.weight",
         experts={
-            "gate_up": "mlp.experts.gate_up_proj",
-            "up": "mlp.experts.up_proj",
-            "down": "mlp.experts.down_proj",
+            "gate_up": "{ffn}.experts.gate_up_proj",
+            "up": "{ffn}.experts.up_proj",
+            "down": "{ffn}.experts.down_proj",
         },
         shared={
-            "gate": "mlp.shared_expert.gate_proj.weight",
-            "up": "mlp.shared_expert.up_proj.weight",
-            "down": "mlp.shared_expert.down_proj.weight",
+            "gate": "{ffn}.shared_expert.gate_proj.weight",
+            "up": "{ffn}.shared_expert.up_proj.weight",
+            "down": "{ffn}.shared_expert.down_proj.weight",
         },
     ),
+    blocks=("{ffn}",),
+    router_module="{ffn}.gate",
     fields=fields,
 )

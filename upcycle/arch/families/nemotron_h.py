@@ -1,0 +1,101 @@
+"""Nemotron-H (arXiv 2504.03624), Nemotron Nano 2 and 3: Mamba-2, attention and squared-ReLU FFNs, one to a layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from upcycle.arch.backbone import Backbone
+from upcycle.arch.family import Family, Ffn, Kind
+from upcycle.errors import SourceError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# One letter for each kind of layer, as in hybrid_override_pattern, and what newer and older transformers call them.
+LETTERS = {"M": ("linear_attention", "mamba"), "*": ("full_attention", "attention"), "-": ("mlp",), "E": ("moe",)}
+NORM = {"norm.weight": "H"}
+
+
+def pattern(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """The letter of every layer.
+
+    Raises:
+        SourceError: config.json names none, unknown ones, or different ones in its two ways to do so.
+    """
+    text, names = fields.get("hybrid_override_pattern"), fields.get("layers_block_type") or fields.get("layer_types")
+    known = {name: letter for letter, names in LETTERS.items() for name in names}
+    if names is None and text is None:
+        raise SourceError(
+            "config.json does not say which kind each layer is",
+            found="neither hybrid_override_pattern nor layers_block_type",
+            remedy="take a complete config.json",
+        )
+    unknown = sorted({*(text or ""), *(known.get(name, name) for name in names or ())} - set(LETTERS))
+    if unknown:
+        raise SourceError(
+            "config.json has layers of an unknown kind",
+            found=", ".join(map(repr, unknown)),
+            expected="; ".join(f"{letter} ({' or '.join(names)})" for letter, names in LETTERS.items()),
+        )
+    listed = tuple(known[name] for name in names) if names is not None else tuple(text or "")
+    if text is not None and tuple(text) != listed:
+        raise SourceError(
+            "hybrid_override_pattern and layers_block_type of config.json disagree",
+            found=f"{text} and {''.join(listed)}",
+            remedy="delete the wrong one: transformers reads layers_block_type, other engines the pattern",
+        )
+    return listed
+
+
+def sizes(config: Any) -> dict[str, int]:
+    """I channels, S heads, C channels of the convolution, W its width, R rows of in_proj of a Mamba-2 layer."""
+    heads, states = config.mamba_num_heads, 2 * config.n_groups * config.ssm_state_size
+    inner = heads * config.mamba_head_dim
+    return {"I": inner, "S": heads, "C": inner + states, "W": config.conv_kernel, "R": 2 * inner + states + heads}
+
+
+def backbone(config: Any) -> Backbone:
+    return Backbone(windows=(0,) * config.num_hidden_layers, extras=("Mamba-2", "one sub-block a layer"))
+
+
+FAMILY = Family(
+    model_type="nemotron_h",
+    layer="backbone.layers.{layer}.",
+    base_prefix="backbone.",
+    module_prefix="model.",
+    outer={"backbone.embeddings.weight": "V H", "backbone.norm_f.weight": "H"},
+    kinds={
+        "M": Kind(
+            tensors={
+                **NORM,
+                "mixer.in_proj.weight": "R H",
+                "mixer.conv1d.weight": "C 1 W",
+                "mixer.dt_bias": "S",
+                "mixer.A_log": "S",
+                "mixer.D": "S",
+                "mixer.norm.weight": "I",
+                "mixer.out_proj.weight": "H I",
+            },
+            optional={
+                "use_conv_bias": {"mixer.conv1d.bias": "C"},
+                "use_bias": {"mixer.in_proj.bias": "R", "mixer.out_proj.bias": "H"},
+            },
+        ),
+        "*": Kind(
+            tensors={
+                **NORM,
+                "mixer.q_proj.weight": "Q H",
+                "mixer.k_proj.weight": "K H",
+                "mixer.v_proj.weight": "K H",
+                "mixer.o_proj.weight": "H Q",
+            }
+        ),
+        "-": Kind(tensors=NORM, ffn=Ffn(module="mixer", gate=None, bias="mlp_bias")),
+        "E": Kind(tensors=NORM, experts=True),
+    },
+    pattern=pattern,
+    sizes=sizes,
+    activation="mlp_hidden_act",
+    ties_embeddings=False,
+    backbone=backbone,
+)

@@ -1,0 +1,74 @@
+"""Nemotron 3's mixture: sigmoids, un-gated experts, a shared expert in every MoE layer, the scale in config.json."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from upcycle.arch.families.nemotron_h import FAMILY, LETTERS, pattern
+from upcycle.arch.target import OF_THE_FILE, Layout, Target
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from upcycle.arch.family import DenseModel
+    from upcycle.arch.moe import MoeShape
+
+REPLACED = (*OF_THE_FILE, "model_type", "architectures", "auto_map")
+TODAY = {letter: names[0] for letter, names in LETTERS.items()}
+
+
+def fields(model: DenseModel, moe: MoeShape) -> dict[str, Any]:
+    kinds = ("E" if layer in moe.layers else kind for layer, kind in enumerate(model.pattern))
+    return {
+        **{name: value for name, value in model.config.to_dict().items() if name not in REPLACED},
+        "layers_block_type": [TODAY[kind] for kind in kinds],
+        "n_routed_experts": moe.experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.expert_width,
+        "n_shared_experts": 1,
+        "moe_shared_expert_intermediate_size": max(1, moe.shared_width),
+        "moe_latent_size": None,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+    }
+
+
+def spelling(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json as NVIDIA writes it, which every engine reads: patterns of letters for lists of names."""
+    written = dict(config)
+    for names, letters in (
+        ("layers_block_type", "hybrid_override_pattern"),
+        ("mtp_layers_block_type", "mtp_hybrid_override_pattern"),
+    ):
+        if written.get(names):
+            written[letters] = "".join(pattern({"layers_block_type": written.pop(names)}))
+    written.pop("time_step_limit", None)  # infinity is no JSON, and nothing reads it
+    return {**written, "num_hidden_layers": len(written["hybrid_override_pattern"])}
+
+
+TARGET = Target(
+    model_type="nemotron_h",
+    architecture="NemotronHForCausalLM",
+    family=FAMILY.model_type,
+    router_orders=("sigmoid_topk",),
+    shared=True,
+    dense_layers=True,
+    gated=False,
+    float32_router=True,
+    scale_field="routed_scaling_factor",
+    layout=Layout(
+        router="mixer.gate.weight",
+        correction_bias="mixer.gate.e_score_correction_bias",
+        experts={
+            "up": "mixer.experts.{expert}.up_proj.weight",
+            "down": "mixer.experts.{expert}.down_proj.weight",
+        },
+        shared={"up": "mixer.shared_experts.up_proj.weight", "down": "mixer.shared_experts.down_proj.weight"},
+        shared_least=1,
+    ),
+    blocks=("mixer",),
+    router_module="mixer.gate",
+    fields=fields,
+    spelling=spelling,
+)

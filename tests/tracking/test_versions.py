@@ -13,7 +13,8 @@ from upcycle.tracking.versions import recorded, upgraded
 def options(model: str = "upcycle", *, granularity: int = 2, **more: Any) -> dict[str, Any]:
     """What was recorded before `moe.groups`."""
     router = {"score": None, "select_groups": more.get("select_groups")}
-    return {"model": model, "moe": {"granularity": granularity, "top_k": 2}, "router": router, "seed": 0}
+    moe = {"granularity": granularity, "top_k": 2, "router_order": "softmax_topk"}
+    return {"model": model, "moe": moe, "router": router, "balance": {"aux_loss": 0.01}, "seed": 0}
 
 
 @pytest.mark.parametrize(
@@ -44,10 +45,19 @@ def test_a_run_of_then_and_the_same_of_today_are_one(model: str, granularity: in
     assert recorded(upgraded(before)) == before
 
 
+def test_auto_is_what_was_the_default_then() -> None:
+    now = upgraded(options())
+    auto = {**now, "moe": {**now["moe"], "router_order": "auto"}}
+    assert recorded(auto) == recorded(now)
+    assert recorded({**now, "moe": {**now["moe"], "router_order": "topk_softmax"}}) != recorded(now)
+
+
 def test_what_differs_stays_different() -> None:
     now = upgraded(options())
     for groups in ("auto", "tied", "whole", "positions"):
         assert recorded({**now, "moe": {**now["moe"], "groups": groups}}) != recorded(now)
+    shared = {**now, "moe": {**now["moe"], "shared_neurons": 8}}
+    assert recorded(shared) != recorded(now)
     released = {**now, "router": {**now["router"], "release": {"until": 0.3, "then": "free"}}}
     assert recorded(released) != recorded(now)
     checkpoint = upgraded(options("checkpoint"))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from upcycle.arch.backbone import Backbone
 
 Role = Literal["gate", "up", "down"]
+Mixer = Literal["attention", "mamba2"]
 Shape = tuple[int, ...]
 ONLY = "block"  # the kind of a family whose layers are all alike
 
@@ -64,12 +65,14 @@ class Kind:
     Attributes:
         tensors: those of one layer, without the FFN's: name inside the layer -> symbolic shape.
         optional: more of them, by the config flag that turns them on.
+        mixer: what mixes positions; None where nothing does.
         ffn: the FFN's matrices; None where a layer of this kind has none.
         experts: a mixture of experts stands where an FFN would; a dense model has no such layers.
     """
 
     tensors: Mapping[str, str]
     optional: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    mixer: Mixer | None = None
     ffn: Ffn | None = None
     experts: bool = False
 
@@ -78,7 +81,7 @@ def block(
     tensors: Mapping[str, str], *, optional: Mapping[str, Mapping[str, str]] | None = None, ffn: Ffn | None = None
 ) -> Mapping[str, Kind]:
     """The only kind of a family whose layers are all alike: attention, and an FFN."""
-    return {ONLY: Kind(tensors=tensors, optional=optional or {}, ffn=ffn or Ffn())}
+    return {ONLY: Kind(tensors=tensors, optional=optional or {}, mixer="attention", ffn=ffn or Ffn())}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +89,7 @@ class Family:
     """A dense architecture as data.
 
     Shapes are products of symbols: H hidden size, F FFN width, V vocabulary, Q all query heads, K all key heads,
-    D one head, P positions, and those of `sizes`; "3*H" and sums such as "Q+2*K" are allowed.
+    D one head, P positions, and those of `more_symbols`; "3*H" and sums such as "Q+2*K" are allowed.
 
     Attributes:
         model_type: transformers' name.
@@ -94,7 +97,7 @@ class Family:
         outer: tensors outside the layers, without the head.
         kinds: its kinds of layers by name; those that have an FFN have the same.
         pattern: the kind of every layer, by the fields of config.json; None where there is only one kind.
-        sizes: more symbols, from the config.
+        more_symbols: from the config; None where there are none.
         native_names: what a native MoE type calls parts of fused tensors.
         activation: config field that names the activation.
         backbone: describes the rest of the model from its config.
@@ -109,7 +112,7 @@ class Family:
     outer: Mapping[str, str]
     kinds: Mapping[str, Kind]
     pattern: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None
-    sizes: Callable[[Any], Mapping[str, int]] | None = None
+    more_symbols: Callable[[Any], Mapping[str, int]] | None = None
     native_names: Mapping[str, Rows] = field(default_factory=dict)
     activation: str = "hidden_act"
     backbone: Callable[[Any], Backbone]
@@ -122,6 +125,10 @@ class Family:
     def ffn(self) -> Ffn:
         """The FFN of the layers that have one."""
         return next(kind.ffn for kind in self.kinds.values() if kind.ffn)
+
+    def symbols(self, config: Any) -> dict[str, int]:
+        """The symbols that only this family has."""
+        return dict(self.more_symbols(config)) if self.more_symbols else {}
 
     def in_memory(self, name: str) -> str:
         """What a tensor, or a prefix of some, is called in memory."""
@@ -274,7 +281,7 @@ def describe(family: Family, config: Any) -> DenseModel:
             "Q": heads * head,
             "K": int(getattr(config, "num_key_value_heads", None) or heads) * head,
             "P": int(config.max_position_embeddings),
-            **(family.sizes(config) if family.sizes else {}),
+            **family.symbols(config),
         }
     except (AttributeError, TypeError) as error:
         raise SourceError(

@@ -60,6 +60,13 @@ def sum_over_ranks(load_LN: Tensor) -> Tensor:
     return total_LN
 
 
-def bias_step(load_LN: Tensor) -> Tensor:
-    """Direction in which each expert's bias moves, -1, 0 or 1: the sign of mean load minus load (arXiv 2408.15664)."""
-    return torch.sign(load_LN.sum(dim=-1, keepdim=True) - load_LN.shape[-1] * load_LN)
+def bias_step(load_LN: Tensor, *, together: int = 1) -> Tensor:
+    """Direction in which each expert's bias moves, -1, 0 or 1: the sign of mean load minus load (arXiv 2408.15664).
+
+    Args:
+        load_LN: assignments per layer and expert.
+        together: so many neighbouring experts have one load, the sum of theirs, and move as one.
+    """
+    loads = load_LN.unflatten(-1, (-1, together)).sum(dim=-1)
+    steps = torch.sign(loads.sum(dim=-1, keepdim=True) - loads.shape[-1] * loads)
+    return steps.repeat_interleave(together, dim=-1)

@@ -16,6 +16,7 @@ NAMES = {
     "router.score": ("softmax", "sigmoid"),
     "router.order": ("softmax_topk", "topk_softmax"),
     "balance.statistics": ("micro_batch", "global_batch"),
+    "balance.bias_per": ("group", "expert"),
 }
 AFTER_RELEASE = ("free", "positions")
 COEFFICIENTS = ("aux_loss", "z_loss", "bias_update")
@@ -45,6 +46,7 @@ def _check_names(router: RouterConfig, balance: BalanceConfig) -> None:
         "router.score": router.score,
         "router.order": router.order,
         "balance.statistics": balance.statistics,
+        "balance.bias_per": balance.bias_per,
     }
     for option, value in given.items():
         if value is not None and value not in NAMES[option]:

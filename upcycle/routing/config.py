@@ -89,6 +89,8 @@ class BalanceConfig:
         z_loss: coefficient of the mean square of the logits' logsumexp (ST-MoE, arXiv 2202.08906).
         bias_update: by how much the bias for choosing moves after every optimizer step, up for experts loaded below
             the mean and down for those above (arXiv 2408.15664).
+        bias_per: group (the experts of a virtual group move as one while groups are chosen as wholes) or expert, which
+            takes groups apart in a type whose routers take the top-k of all experts.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = STRICT
@@ -97,3 +99,4 @@ class BalanceConfig:
     statistics: str = "micro_batch"
     z_loss: float | Schedule = 0.0
     bias_update: float | Schedule = 0.0
+    bias_per: str = "group"

@@ -47,13 +47,15 @@ def _generic_fields(moe: MoeDescription, router: RouterConfig, balance: BalanceC
 
 
 def _native_fields(moe: MoeDescription, router: RouterConfig, balance: BalanceConfig) -> dict[str, Any]:
-    orders = moe.target.router_orders
+    target, orders = moe.target, moe.target.router_orders
+    scores = {"sigmoid" if order == "sigmoid_topk" else "softmax" for order in orders}
+    scaled = router.scaling_factor not in (None, 1.0)
     beyond = {
-        "router.score": (router.score, router.score == "sigmoid"),
+        "router.score": (router.score, router.score is not None and router.score not in scores),
         "router.order": (router.order, router.order is not None and router.order not in orders),
-        "router.scaling_factor": (router.scaling_factor, router.scaling_factor not in (None, 1.0)),
+        "router.scaling_factor": (router.scaling_factor, scaled and target.scale_field is None),
         "moe.groups": (moe.groups, moe.groups in ("whole", "positions")),
-        "balance.bias_update": (balance.bias_update, balance.bias_update != 0),
+        "balance.bias_update": (balance.bias_update, balance.bias_update != 0 and not target.layout.correction_bias),
     }
     for option, (value, impossible) in beyond.items():
         if impossible:
@@ -61,6 +63,11 @@ def _native_fields(moe: MoeDescription, router: RouterConfig, balance: BalanceCo
                 f"{option}={value} cannot be stored in {moe.model_type}",
                 remedy=REMEDIES.get(option, GENERIC),
             )
-    if router.order is None or "softmax_topk" not in orders:
-        return {}
-    return {"norm_topk_prob": router.order == "topk_softmax"}
+    fields: dict[str, Any] = {}
+    if router.order is not None and "softmax_topk" in orders:
+        fields["norm_topk_prob"] = router.order == "topk_softmax"
+    if router.renormalise is not None and moe.router_order == "sigmoid_topk":
+        fields["norm_topk_prob"] = router.renormalise
+    if router.scaling_factor is not None and target.scale_field:
+        fields[target.scale_field] = router.scaling_factor
+    return fields

@@ -116,7 +116,7 @@ class Routing:
         for router in self.routers.values():
             router.tie()
         if self.balance.bias_update != 0:
-            directions_LN = bias_step(sum_over_ranks(self._step_load()))
+            directions_LN = bias_step(sum_over_ranks(self._step_load()), together=self._together())
             for router, direction_N in zip(self.routers.values(), directions_LN, strict=True):
                 assert router.e_score_correction_bias is not None
                 router.e_score_correction_bias += self._coefficient("bias_update", step) * direction_N
@@ -127,6 +127,12 @@ class Routing:
         self.begin(step + 1)
         for router in self.routers.values():
             router.forwarded = router.step_load_N = None
+
+    def _together(self) -> int:
+        """How many experts' biases move as one: those of a virtual group while groups are chosen as wholes."""
+        selection = next(iter(self.routers.values())).selection
+        whole = selection.groups in ("tied", "whole") and self.balance.bias_per == "group"
+        return selection.granularity if whole else 1
 
     def statistics(self) -> RoutingSums:
         """Return the sums since `reset_statistics`, on this rank, in the order of `routers`, with a dimension L."""
@@ -194,7 +200,15 @@ def install_routers(
 def _tie(router: Router, layer: int, *, random: bool) -> None:
     if random:
         router.tie()
-    elif not is_tied(router.weight, router.selection.granularity):
+        return
+    bias_N = router.e_score_correction_bias
+    if bias_N is not None and not is_tied(bias_N[:, None], router.selection.granularity):
+        raise ConfigError(
+            "moe.groups=tied needs a correction bias that is equal within a virtual group",
+            found=f"biases of layer {layer} that differ: with them, plain top-k takes groups apart",
+            remedy="set moe.groups=free to go on as before, or convert the dense model anew",
+        )
+    if not is_tied(router.weight, router.selection.granularity):
         raise ConfigError(
             "moe.groups=tied needs router rows that are equal within a virtual group",
             found=f"rows of layer {layer} that differ, as training with moe.groups=free makes them",

@@ -8,6 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+# Options that came later, and what all did before: group, name -> value.
+LATER: dict[tuple[str, str], Any] = {
+    ("router", "release"): None,
+    ("moe", "shared_neurons"): None,
+    ("balance", "bias_per"): "group",
+}
+
 
 def upgraded(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a recorded run with today's names; those of today stay as they are.
@@ -15,12 +22,12 @@ def upgraded(options: Mapping[str, Any]) -> dict[str, Any]:
     Before `moe.groups`, experts were chosen one by one unless `router.select_groups` was true.
     """
     now = deepcopy(dict(options))
-    if not {"model", "moe", "router"} <= now.keys():
+    if not {"model", "moe", "router", "balance"} <= now.keys():
         return now  # damaged, which whoever needs them will say
     whole = now["router"].pop("select_groups", None)
     now["moe"].setdefault("groups", "whole" if whole else "free" if _has_groups(now) else "auto")
-    now["moe"].setdefault("shared_neurons", None)
-    now["router"].setdefault("release", None)
+    for (group, name), before in LATER.items():
+        now[group].setdefault(name, before)
     return now
 
 
@@ -34,10 +41,9 @@ def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
         del then["moe"]["groups"]
     if then["moe"]["router_order"] == "auto":
         then["moe"]["router_order"] = "softmax_topk"
-    if then["moe"]["shared_neurons"] is None:
-        del then["moe"]["shared_neurons"]
-    if then["router"]["release"] is None:
-        del then["router"]["release"]
+    for (group, name), before in LATER.items():
+        if then[group][name] == before:
+            del then[group][name]
     then["router"]["select_groups"] = None
     return then
 

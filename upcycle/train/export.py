@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from upcycle.arch.engines import Serving, serving
+from upcycle.arch.targets import TARGETS
 from upcycle.checkpoint import Staging
 from upcycle.convert.beside import gathered
 from upcycle.convert.card import trained_card
@@ -77,8 +78,8 @@ def export(config: ExportConfig, *, more: Mapping[str, str] | None = None) -> Pa
             Staging.open(output, fingerprint=fingerprint, overwrite=config.overwrite, resume=None) as staging,
         ):
             written.save_pretrained(staging.directory)
-            if target:
-                _rewrite_config(staging.directory / "config.json", target, tied=model.config.tie_word_embeddings)
+            if spelt := target or TARGETS.get(model.config.model_type):
+                _rewrite_config(staging.directory / "config.json", spelt, tied=model.config.tie_word_embeddings)
             for file in staging.directory.glob("*.safetensors"):
                 shutil.copymode(staging.directory / "config.json", file)  # safetensors' is for its owner alone
             (staging.directory / GENERATION_CONFIG).unlink(missing_ok=True)  # made of config.json

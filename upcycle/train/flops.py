@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from upcycle.arch.mixing import mixing_flops
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -18,10 +20,9 @@ TRAINING_PASSES = 3
 
 
 def forward_flops(model: PreTrainedModel, moe: MoeDescription | None, *, sequence_length: int) -> int:
-    """Forward FLOPs per token: 2 for every weight that multiplies it, plus attention.
+    """Forward FLOPs per token: 2 for every weight that multiplies it, plus what mixes positions (`mixing_flops`).
 
-    Routed experts count by the share of them that a token visits. Attention counts 4 * sequence_length * heads *
-    head size per layer, the whole square, as torch's counter does; norms, activations and the loss count nothing.
+    Routed experts count by the share of them that a token visits; norms, activations and the loss count nothing.
 
     Args:
         model: a dense or MoE causal LM.
@@ -29,10 +30,8 @@ def forward_flops(model: PreTrainedModel, moe: MoeDescription | None, *, sequenc
         sequence_length: tokens per sequence.
     """
     linear: int = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear | Conv1D))
-    text = model.config.get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    attention: int = 4 * sequence_length * text.num_attention_heads * head * text.num_hidden_layers
-    return 2 * (linear + (_moe_weights(model, moe) if moe else 0)) + attention
+    mixing = mixing_flops(model.config.get_text_config(), sequence_length=sequence_length)
+    return 2 * (linear + (_moe_weights(model, moe) if moe else 0)) + mixing
 
 
 def _moe_weights(model: PreTrainedModel, moe: MoeDescription) -> int:

@@ -47,11 +47,12 @@ def pattern(fields: Mapping[str, Any]) -> tuple[str, ...]:
     return listed
 
 
-def sizes(config: Any) -> dict[str, int]:
-    """I channels, S heads, C channels of the convolution, W its width, R rows of in_proj of a Mamba-2 layer."""
-    heads, states = config.mamba_num_heads, 2 * config.n_groups * config.ssm_state_size
-    inner = heads * config.mamba_head_dim
-    return {"I": inner, "S": heads, "C": inner + states, "W": config.conv_kernel, "R": 2 * inner + states + heads}
+def symbols(config: Any) -> dict[str, int]:
+    """Sizes of a Mamba-2 layer: I channels, S heads, N states; C channels and W width of its convolution; R in_proj."""
+    heads, states = config.mamba_num_heads, config.ssm_state_size
+    inner, inputs = heads * config.mamba_head_dim, 2 * config.n_groups * states
+    convolution = {"C": inner + inputs, "W": config.conv_kernel}
+    return {"I": inner, "S": heads, "N": states, **convolution, "R": 2 * inner + inputs + heads}
 
 
 def backbone(config: Any) -> Backbone:
@@ -66,6 +67,7 @@ FAMILY = Family(
     outer={"backbone.embeddings.weight": "V H", "backbone.norm_f.weight": "H"},
     kinds={
         "M": Kind(
+            mixer="mamba2",
             tensors={
                 **NORM,
                 "mixer.in_proj.weight": "R H",
@@ -82,19 +84,20 @@ FAMILY = Family(
             },
         ),
         "*": Kind(
+            mixer="attention",
             tensors={
                 **NORM,
                 "mixer.q_proj.weight": "Q H",
                 "mixer.k_proj.weight": "K H",
                 "mixer.v_proj.weight": "K H",
                 "mixer.o_proj.weight": "H Q",
-            }
+            },
         ),
         "-": Kind(tensors=NORM, ffn=Ffn(module="mixer", gate=None, bias="mlp_bias")),
         "E": Kind(tensors=NORM, experts=True),
     },
     pattern=pattern,
-    sizes=sizes,
+    more_symbols=symbols,
     activation="mlp_hidden_act",
     ties_embeddings=False,
     backbone=backbone,

@@ -36,15 +36,14 @@ def fields(model: DenseModel, moe: MoeShape) -> dict[str, Any]:
 
 def spelling(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json as NVIDIA writes it, which every engine reads: patterns of letters for lists of names."""
-    written = dict(config)
-    for names, letters in (
-        ("layers_block_type", "hybrid_override_pattern"),
-        ("mtp_layers_block_type", "mtp_hybrid_override_pattern"),
-    ):
-        if written.get(names):
-            written[letters] = "".join(pattern({"layers_block_type": written.pop(names)}))
+    lists = ("layers_block_type", "mtp_layers_block_type")
+    written = {name: value for name, value in config.items() if name not in lists}
     written.pop("time_step_limit", None)  # infinity is no JSON, and nothing reads it
-    return {**written, "num_hidden_layers": len(written["hybrid_override_pattern"])}
+    letters = "".join(pattern(config))
+    if config.get("num_nextn_predict_layers") and config.get("mtp_layers_block_type"):
+        ahead = pattern({"layers_block_type": config["mtp_layers_block_type"]})
+        written["mtp_hybrid_override_pattern"] = "".join(ahead)
+    return {**written, "hybrid_override_pattern": letters, "num_hidden_layers": len(letters)}
 
 
 TARGET = Target(

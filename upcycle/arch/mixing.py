@@ -1,0 +1,37 @@
+"""What mixes positions in each layer of a model, and what that computes beside products with weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from upcycle.arch.families import FAMILIES
+
+if TYPE_CHECKING:
+    from upcycle.arch.family import Mixer
+
+# FLOPs per channel and state of Mamba-2's scan, as Megatron-LM counts them.
+SCAN = 7
+
+
+def mixers(config: Any) -> tuple[Mixer | None, ...]:
+    """The mixer of every layer of a dense model or a MoE, from its transformers configuration."""
+    family, layers = FAMILIES.get(config.model_type), int(config.num_hidden_layers)
+    if family is None:  # a MoE type whose layers are all alike
+        alike: tuple[Mixer, ...] = ("attention",)
+        return alike * layers
+    return tuple(family.kinds[kind].mixer for kind in family.layer_kinds(config.to_dict(), layers))
+
+
+def mixing_flops(config: Any, *, sequence_length: int) -> int:
+    """Forward FLOPs per token of scores and of what follows from them, of scans and convolutions, over all layers.
+
+    Attention counts 4 * sequence_length * heads * head size, the whole square.
+    """
+    found = mixers(config)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 4 * sequence_length * config.num_attention_heads * head
+    flops: int = found.count("attention") * attention
+    if "mamba2" in found:
+        sizes = FAMILIES[config.model_type].symbols(config)
+        flops += found.count("mamba2") * (2 * sizes["C"] * sizes["W"] + SCAN * sizes["I"] * sizes["N"])
+    return flops

@@ -44,7 +44,7 @@ def test_every_published_run_fits_in_its_gpus():
 def test_activations_follow_the_formula_of_the_literature():
     """L*s*b*h*(18 + 4*top_k*F/h)/TP for a SwiGLU whose product is recomputed; without, 6, and 2*top_k more than 14."""
     hidden, width, layout = 6144, 16384, STEP.layout
-    found = layer_activations(STEP.sizes, layout, moe=True) * layout.tp
+    found = layer_activations(STEP.sizes, layout) * layout.tp
     attention = 8 + 2 * 2 * (48 + 8) * 128 / hidden
     assert found == pytest.approx(hidden * (attention + 2 * (4 + 6 * width / hidden)))
 
@@ -58,7 +58,7 @@ def test_layers_in_flight(stages, count, in_flight):
     """Of the first stage: L*(1 + (p-1)/(p*v)) interleaved, L without (2104.04473)."""
     layout = Folding(engine="megatron", tp=1, dp=1, pp=stages, ep=1, edp=1)
     step = Step(sizes=replace(E8T2, vocab=1), layout=layout, workload=workload(count, length=1024))
-    per_layer = 1024 * layer_activations(E8T2, layout, moe=True)
+    per_layer = 1024 * layer_activations(E8T2, layout)
     assert memory(step).activations == pytest.approx(in_flight * per_layer, rel=1e-3)
 
 
@@ -66,7 +66,7 @@ def test_the_last_stage_needs_most_where_logits_do():
     layout = Folding(engine="megatron", tp=1, dp=1, pp=2, ep=1, edp=1)
     step = Step(sizes=E8T2, layout=layout, workload=workload(3))
     wide = replace(step, sizes=replace(E8T2, vocab=8 * E8T2.vocab))
-    kept = 4096 * 16 * layer_activations(E8T2, layout, moe=True)
+    kept = 4096 * 16 * layer_activations(E8T2, layout)
     assert memory(step).activations == pytest.approx(2 * kept)
     assert memory(wide).activations == pytest.approx(kept + 4096 * 10 * wide.sizes.vocab)
 
@@ -74,7 +74,7 @@ def test_the_last_stage_needs_most_where_logits_do():
 def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer():
     layout = Folding(engine="transformers", tp=1, dp=8, ep=8, edp=1)
     step = Step(sizes=replace(E8T2, vocab=1), layout=layout, workload=workload(8, recompute=True))
-    expected = 4096 * (32 * 2 * 4096 + layer_activations(E8T2, layout, moe=True))
+    expected = 4096 * (32 * 2 * 4096 + layer_activations(E8T2, layout))
     assert memory(step).activations == pytest.approx(expected, rel=1e-3)
 
 
@@ -141,5 +141,5 @@ def test_activations_of_transformers_are_what_autograd_keeps(top_k, experts, wid
         vocab=64,
     )
     layout = Folding(engine="transformers", tp=1, dp=1, ep=1, edp=1)
-    assert layer_activations(sizes, layout, moe=True) == pytest.approx(measured, rel=0.02)
-    assert layer_activations(sizes, replace(layout, engine="megatron"), moe=True) < 0.8 * measured
+    assert layer_activations(sizes, layout) == pytest.approx(measured, rel=0.02)
+    assert layer_activations(sizes, replace(layout, engine="megatron")) < 0.8 * measured

@@ -239,6 +239,15 @@ RULES = (
     *(
         Rule(
             engine=engine,
+            types=("nemotron_h",),
+            verdict="unmeasured",
+            why="hybrids of Mamba-2, attention, FFNs and experts",
+        )
+        for engine in ENGINES
+    ),
+    *(
+        Rule(
+            engine=engine,
             types=("mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo", "olmoe", "granitemoeshared"),
             when={"rope": ("dynamic", "longrope")},
             verdict="unmeasured",

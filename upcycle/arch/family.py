@@ -63,7 +63,8 @@ class Kind:
     """One kind of layers.
 
     Attributes:
-        tensors: those of one layer, without the FFN's: name inside the layer -> symbolic shape.
+        tensors: those of one layer, without the FFN's: name inside the layer -> symbolic shape; a name with `{expert}`
+            is one tensor per expert, `experts` of them.
         optional: more of them, by the config flag that turns them on.
         mixer: what mixes positions; None where nothing does.
         ffn: the FFN's matrices; None where a layer of this kind has none.
@@ -75,6 +76,24 @@ class Kind:
     mixer: Mixer | None = None
     ffn: Ffn | None = None
     experts: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ahead:
+    """Layers behind the last one that predict further tokens (multi-token prediction); transformers does not read them.
+
+    Attributes:
+        layer: prefix of such a layer's tensors.
+        depths: config field that says how many tokens ahead, one after the other; each has layers of its own.
+        pattern: the kinds of the layers of one depth, by the fields of config.json.
+        first, last: more tensors of the first and the last layer of a depth.
+    """
+
+    layer: str
+    depths: str
+    pattern: Callable[[Mapping[str, Any]], tuple[str, ...]]
+    first: Mapping[str, str]
+    last: Mapping[str, str]
 
 
 def block(
@@ -101,6 +120,7 @@ class Family:
         native_names: what a native MoE type calls parts of fused tensors.
         activation: config field that names the activation.
         backbone: describes the rest of the model from its config.
+        ahead: its layers for multi-token prediction; None where it has none.
         ignored: name endings of buffers that old checkpoints carry and no model reads.
         base_prefix: what the base model's tensors lack when it was saved without its head.
         module_prefix: what stands for `base_prefix` in memory, where it is something else.
@@ -116,6 +136,7 @@ class Family:
     native_names: Mapping[str, Rows] = field(default_factory=dict)
     activation: str = "hidden_act"
     backbone: Callable[[Any], Backbone]
+    ahead: Ahead | None = None
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
     base_prefix: str = "model."
     module_prefix: str | None = None
@@ -239,14 +260,45 @@ class DenseModel:
 
     def backbone_layer_shapes(self, layer: int) -> dict[str, Shape]:
         """Names inside the layer and shapes of everything but the FFN."""
-        kind = self.kind(layer)
-        tables = [kind.tensors, *(table for flag, table in kind.optional.items() if self.flag(flag))]
-        return {name: self.shape(symbols) for table in tables for name, symbols in table.items()}
+        return self._backbone_shapes(self.kind(layer))
 
     def layer_shapes(self, layer: int) -> dict[str, Shape]:
         """Names inside the layer and shapes of everything in it."""
-        ffn = dict(self.ffn_shapes()) if self.kind(layer).ffn else {}
-        return {**self.backbone_layer_shapes(layer), **ffn}
+        return self._kind_shapes(self.kind(layer))
+
+    def _backbone_shapes(self, kind: Kind) -> dict[str, Shape]:
+        tables = [kind.tensors, *(table for flag, table in kind.optional.items() if self.flag(flag))]
+        return {
+            each: self.shape(symbols)
+            for table in tables
+            for name, symbols in table.items()
+            for each in self._expert_names(name)
+        }
+
+    def _kind_shapes(self, kind: Kind) -> dict[str, Shape]:
+        return {**self._backbone_shapes(kind), **(dict(self.ffn_shapes()) if kind.ffn else {})}
+
+    def _expert_names(self, name: str) -> Iterator[str]:
+        if "{expert}" in name:
+            yield from (name.format(expert=expert) for expert in range(self.sizes["experts"]))
+        else:
+            yield name
+
+    def ahead_shapes(self) -> dict[str, Shape]:
+        """Every tensor of the layers for multi-token prediction."""
+        ahead = self.family.ahead
+        depths = getattr(self.config, ahead.depths, None) or 0 if ahead else 0
+        if not (ahead and depths):
+            return {}
+        shapes: dict[str, Shape] = {}
+        kinds = ahead.pattern(self.config.to_dict())
+        for layer in range(depths * len(kinds)):
+            place = layer % len(kinds)
+            more = {**(ahead.first if place == 0 else {}), **(ahead.last if place == len(kinds) - 1 else {})}
+            inside = self._kind_shapes(self.family.kinds[kinds[place]])
+            inside |= {name: self.shape(symbols) for name, symbols in more.items()}
+            shapes |= {ahead.layer.format(layer=layer) + name: shape for name, shape in inside.items()}
+        return shapes
 
     def outer_shapes(self) -> dict[str, Shape]:
         shapes = {name: self.shape(symbols) for name, symbols in self.family.outer.items()}
@@ -260,7 +312,7 @@ class DenseModel:
         for layer in range(self.layers):
             prefix = self.family.layer.format(layer=layer)
             shapes.update({prefix + name: shape for name, shape in self.layer_shapes(layer).items()})
-        return shapes
+        return {**shapes, **self.ahead_shapes()}
 
 
 def describe(family: Family, config: Any) -> DenseModel:

@@ -35,3 +35,21 @@ def mixing_flops(config: Any, *, sequence_length: int) -> int:
         sizes = FAMILIES[config.model_type].symbols(config)
         flops += found.count("mamba2") * (2 * sizes["C"] * sizes["W"] + SCAN * sizes["I"] * sizes["N"])
     return flops
+
+
+def cache_bytes(config: Any, *, element: int) -> tuple[int, int]:
+    """Bytes that generating keeps: keys and values for every token, and Mamba-2's states for a sequence.
+
+    Args:
+        config: transformers configuration.
+        element: bytes of one; the states of scans are float32.
+    """
+    found = mixers(config)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    pairs = found.count("attention") * 2 * heads * head * element
+    if "mamba2" not in found:
+        return pairs, 0
+    sizes = FAMILIES[config.model_type].symbols(config)
+    states = 4 * sizes["I"] * sizes["N"] + element * sizes["C"] * sizes["W"]
+    return pairs, found.count("mamba2") * states

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import atexit
 import shlex
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -13,16 +14,18 @@ from upcycle.convert.interruption import Interruption
 from upcycle.errors import ConfigError, did_you_mean
 from upcycle.files.json import json_text
 from upcycle.options.arguments import options_of
-from upcycle.options.config import VerifyConfig
+from upcycle.options.config import InspectConfig, VerifyConfig
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
+    from rich.console import RenderableType
 
     from upcycle.convert.prepare import Conversion
     from upcycle.dashboard.config import ReportConfig
     from upcycle.evaluation.config import EvaluateConfig
-    from upcycle.options.config import ConvertConfig, InspectConfig
+    from upcycle.options.config import ConvertConfig
     from upcycle.parallel.config import PlanConfig
+    from upcycle.parallel.sizes import ModelSizes
     from upcycle.tracking.config import SyncConfig
     from upcycle.train.config import ExportConfig, TrainConfig
     from upcycle.train.prepared import Run
@@ -31,21 +34,39 @@ FORMATS = ("table", "json")
 
 
 def plan(config: PlanConfig) -> int:
-    """`upcycle plan`: print what `convert` would do, and how it would train; 1 if that does not fit in memory."""
-    from upcycle.convert.prepare import prepare
-    from upcycle.convert.render import plan_json, plan_table
+    """`upcycle plan`: print what `convert` would do, and how it would train; 1 if that does not fit in memory.
+
+    Of a source that is a mixture of experts already: what it is, and how it would train.
+    """
+    from upcycle.models.moe import is_mixture
     from upcycle.parallel.planning import plan_training, planned_json
     from upcycle.parallel.render import planned_table
 
     _check_format(config.format)
-    conversion = prepare(config, execute=False)
+    data, table, sizes = _mixture(config.source) if is_mixture(config.source) else _conversion(config)
     if config.parallel is None:
-        _print(config.format, plan_json(conversion), plan_table(conversion))
+        _print(config.format, data, table)
         return 0
-    planned = plan_training(config, conversion)
-    data = {**plan_json(conversion), "training": planned_json(planned)}
-    _print(config.format, data, Group(plan_table(conversion), planned_table(planned)))
+    planned = plan_training(config, sizes)
+    _print(config.format, {**data, "training": planned_json(planned)}, Group(table, planned_table(planned)))
     return 0 if planned.fits else 1
+
+
+def _conversion(config: PlanConfig) -> tuple[dict[str, Any], RenderableType, ModelSizes]:
+    from upcycle.convert.prepare import prepare
+    from upcycle.convert.render import plan_json, plan_table
+    from upcycle.parallel.sizes import conversion_sizes
+
+    conversion = prepare(config, execute=False)
+    return plan_json(conversion), plan_table(conversion), conversion_sizes(conversion)
+
+
+def _mixture(source: str) -> tuple[dict[str, Any], RenderableType, ModelSizes]:
+    from upcycle.parallel.sizes import directory_sizes
+    from upcycle.verify.inspection import inspect, inspection_table
+
+    found = inspect(InspectConfig(path=source, format="json"))
+    return found, inspection_table(found), directory_sizes(Path(source).expanduser())
 
 
 def convert(config: ConvertConfig) -> int:

@@ -11,7 +11,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from upcycle.arch.family import ONLY
 from upcycle.checkpoint import dtype_bytes
 from upcycle.plan.plan import Plan, plan_dict
 
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
     from upcycle.convert.prepare import Conversion
     from upcycle.plan.cost import Cost
     from upcycle.plan.effort import Effort
+
+MIXERS = {"attention": "attention", "mamba2": "Mamba-2"}
 
 
 def plan_json(conversion: Conversion) -> dict[str, Any]:
@@ -131,11 +132,11 @@ def _runs(conversion: Conversion) -> list[tuple[list[int], tuple[str, ...]]]:
 
 
 def _kind(conversion: Conversion, layer: int, tensors: list[Any]) -> tuple[str, str, str]:
-    kind = conversion.source.model.pattern[layer]
+    kind, mixer = "dense FFN", conversion.source.model.kind(layer).mixer
     if layer in conversion.plan.scaling:
         kind = "MoE" + (" + shared" if conversion.plan.moe.shared_width else "")
-    elif kind == ONLY:
-        kind = "dense FFN"
+    elif layer not in conversion.source.model.ffn_layers:
+        kind = MIXERS[mixer] if mixer else kind
     return kind, str(len(tensors)), _megabytes(tensors)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.arch.backbone import layer_windows, optional_bias, rope_type, window_kind
@@ -16,8 +17,7 @@ from upcycle.models.manifest import read_manifest
 from upcycle.models.transformers_version import installed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
@@ -91,6 +91,15 @@ class MoeDescription:
         """The indices of the chosen experts [T, K] in what its router returned."""
         return output[0 if self.indices_first else 2]
 
+    def expert_names(self) -> Iterator[str]:
+        """What the routed experts' tensors may be called on disk."""
+        names = [each for name in self.target.layout.experts.values() for each in (name, f"{name}_bias")]
+        for layer in self.layers:
+            start = self.stored_layer.format(layer=layer)
+            for name in names:
+                for expert in range(self.experts if "{expert}" in name else 1):
+                    yield start + name.format(expert=expert, ffn=self.ffn)
+
     def experts_path(self, layer: int) -> str:
         return self.router_path(layer).rpartition(".")[0] + ".experts"
 
@@ -127,6 +136,12 @@ def target_of(fields: Mapping[str, Any]) -> Target | None:
     if target and target.family and not _expert_layers(FAMILIES[target.family], fields):
         return None
     return target
+
+
+def is_mixture(given: str) -> bool:
+    """Whether a directory holds a mixture of experts that upcycle knows."""
+    directory = Path(given).expanduser()
+    return (directory / "config.json").is_file() and target_of(read_config(directory)) is not None
 
 
 def _expert_layers(family: Family, fields: Mapping[str, Any]) -> tuple[int, ...]:

@@ -37,7 +37,9 @@ def _folding(config: FoldingConfig, sizes: ModelSizes, gpu: Gpu, nodes: int) -> 
     world, attention, moe = nodes * gpu.gpus_per_node, tp * cp * pp, etp * ep * pp
     _check_world(math.lcm(attention, moe), gpu, nodes, "tp * cp * pp and of etp * ep * pp")
     _divides("tp", tp, "heads of keys and values", sizes.kv_heads)
-    _divides("tp", tp, "width of the FFN", sizes.ffn_width if sizes.moe_layers < sizes.layers else 0)
+    _divides("tp", tp, "width of the FFN", sizes.ffn_width if sizes.count("dense") else 0)
+    if sizes.mamba:
+        _divides("tp", tp, "heads of Mamba-2", sizes.mamba.heads)
     _divides("tp", tp, "width of the shared experts", sizes.shared_width)
     _divides("pp", pp, "layers", sizes.layers)
     _divides("etp", etp, "width of an expert", sizes.expert_width)

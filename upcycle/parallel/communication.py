@@ -61,8 +61,8 @@ def _both(
 def _experts(step: Step) -> Iterator[Traffic]:
     """Tokens to their experts and back (arXiv 2504.14960, section 3.3), and again for the gradients."""
     layout, passes = step.layout, 3 if step.workload.activation_checkpointing else 2
-    copies = step.tokens / layout.tp * step.sizes.top_k * step.sizes.hidden * BF16
-    once = step.micro_batches * step.moe_layers * copies
+    copies = step.tokens / layout.tp * step.sizes.top_k * step.sizes.expert_size * BF16
+    once = step.micro_batches * step.count("moe") * copies
     yield Traffic(
         kind="all-to-all",
         purpose="tokens to experts and back",
@@ -77,15 +77,15 @@ def _tensor(step: Step) -> Iterator[Traffic]:
     """Around what TP splits (arXiv 2205.05198, section 4.2.2); without sequence parallelism in transformers."""
     sizes, layout = step.sizes, step.layout
     again = 1 if step.workload.activation_checkpointing else 0
-    blocks = step.moe_layers + 2 * step.dense_layers
+    blocks = step.count("attention") + step.count("mamba2") + step.count("dense")
     if layout.engine == "megatron":
-        blocks += step.moe_layers if sizes.shared_width else 0
+        blocks += step.count("moe") if sizes.shared_width else 0
         # The input is gathered once more for the gradient of the weights.
         gathers, scatters = (3 + again) * blocks, (2 + again) * blocks
     else:
         # One all-reduce either way; the ranks of TP split the tokens of the experts, and gather what comes back.
         scatters = (2 + again) * blocks
-        gathers = scatters + (2 + again) * step.moe_layers
+        gathers = scatters + (2 + again) * step.count("moe")
     once = step.micro_batches * step.tokens / layout.tp * (layout.tp - 1) * sizes.hidden * BF16
     purpose = "activations within TP"
     yield from _both(purpose, gathers * once, purpose, scatters * once, Group(size=layout.tp))
@@ -94,7 +94,7 @@ def _tensor(step: Step) -> Iterator[Traffic]:
 def _context(step: Step) -> Iterator[Traffic]:
     """Keys and values around the ring, again in the backward pass, and their gradients (arXiv 2310.01889)."""
     sizes, layout = step.sizes, step.layout
-    layers, passes = step.moe_layers + step.dense_layers, 3 if step.workload.activation_checkpointing else 2
+    layers, passes = step.count("attention"), 3 if step.workload.activation_checkpointing else 2
     pairs = 2 * sizes.kv_heads * sizes.head_size / layout.tp * BF16
     once = step.micro_batches * layers * step.tokens * pairs * (layout.cp - 1)
     group = Group(size=layout.cp, stride=layout.tp)

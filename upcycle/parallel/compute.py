@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from upcycle.parallel.memory import BF16, layer_activations
+from upcycle.parallel.memory import BF16, part_activations
 
 if TYPE_CHECKING:
     from upcycle.parallel.gpu import Gpu
@@ -43,22 +43,24 @@ class Compute:
 def compute(step: Step, gpu: Gpu) -> Compute:
     """What the slowest stage computes, the last, which has the head."""
     sizes, layout, tokens = step.sizes, step.layout, step.tokens
-    layers, passes = step.moe_layers + step.dense_layers, TRAINING_PASSES + step.workload.activation_checkpointing
+    layers, passes = step.count("attention"), TRAINING_PASSES + step.workload.activation_checkpointing
     queries, keys = (heads * sizes.head_size / layout.tp for heads in (sizes.heads, sizes.kv_heads))
     projections = gemm(tokens, sizes.hidden, queries + 2 * keys, gpu) + gemm(tokens, queries, sizes.hidden, gpu)
     dense = layers * projections
-    dense += step.dense_layers * _ffn(step, tokens, sizes.ffn_width / layout.tp, gpu)
-    dense += step.moe_layers * _ffn(step, tokens, sizes.shared_width / layout.shared_ways, gpu)
+    dense += step.count("mamba2") * _mamba(step, tokens, gpu)
+    dense += step.count("dense") * _ffn(step, tokens, sizes.ffn_width / layout.tp, gpu)
+    dense += step.count("moe") * _ffn(step, tokens, sizes.shared_width / layout.shared_ways, gpu)
     head = gemm(tokens, sizes.hidden, sizes.vocab / layout.tp, gpu)
     scores = 4 * step.workload.sequence_length * queries * tokens / (ATTENTION_EFFICIENCY * gpu.flops)
     per_expert = tokens / layout.tp * sizes.top_k * layout.etp * layout.ep / sizes.experts
-    expert = _ffn(step, per_expert, sizes.expert_width / layout.etp, gpu)
-    kept = step.moe_layers * layer_activations(sizes, layout, moe=True)
-    kept += step.dense_layers * layer_activations(sizes, layout, moe=False)
+    expert = _ffn(step, per_expert, sizes.expert_width / layout.etp, gpu, size=sizes.expert_size)
+    if sizes.latent:
+        dense += step.count("moe") * 2 * gemm(tokens / layout.tp, sizes.hidden, sizes.latent, gpu)
+    kept = sum(step.count(part) * part_activations(sizes, layout, part) for part in sizes.parts)
     return Compute(
         dense=step.micro_batches * (passes * dense + TRAINING_PASSES * head),
         attention=step.micro_batches * passes * layers * scores,
-        experts=step.micro_batches * passes * step.moe_layers * sizes.experts / layout.ep * expert,
+        experts=step.micro_batches * passes * step.count("moe") * sizes.experts / layout.ep * expert,
         memory=step.micro_batches * TOUCHES * tokens * kept / gpu.hbm,
     )
 
@@ -72,8 +74,17 @@ def gemm(rows: float, inner: float, columns: float, gpu: Gpu) -> float:
     return 2 * rows * inner * columns / (GEMM_EFFICIENCY * gpu.flops) + BF16 * operands / gpu.hbm
 
 
-def _ffn(step: Step, tokens: float, width: float, gpu: Gpu) -> float:
+def _mamba(step: Step, tokens: float, gpu: Gpu) -> float:
+    mamba, hidden, tp = step.sizes.mamba, step.sizes.hidden, step.layout.tp
+    if mamba is None:
+        return 0.0
+    projections = gemm(tokens, hidden, mamba.rows / tp, gpu) + gemm(tokens, mamba.channels / tp, hidden, gpu)
+    return projections + mamba.scan_flops() / tp * tokens / (ATTENTION_EFFICIENCY * gpu.flops)
+
+
+def _ffn(step: Step, tokens: float, width: float, gpu: Gpu, *, size: int | None = None) -> float:
+    """Seconds of an FFN that takes and returns vectors of the hidden size, or of another one."""
     if not width:
         return 0.0
-    hidden = step.sizes.hidden
-    return gemm(tokens, hidden, (step.sizes.matrices - 1) * width, gpu) + gemm(tokens, width, hidden, gpu)
+    size = size or step.sizes.hidden
+    return gemm(tokens, size, (step.sizes.matrices - 1) * width, gpu) + gemm(tokens, width, size, gpu)

@@ -10,7 +10,7 @@ from upcycle.parallel.sizes import layer
 
 if TYPE_CHECKING:
     from upcycle.parallel.folding import Folding
-    from upcycle.parallel.sizes import ModelSizes
+    from upcycle.parallel.sizes import ModelSizes, Part
     from upcycle.parallel.step import Step
 
 BF16, FP32 = 2, 4
@@ -61,7 +61,7 @@ def memory(step: Step) -> Memory:
             optimizer=(FP32 + ADAM) * shard,
             activations=activations,
         )
-    of_a_layer = sum(math.prod(layout.split(weight)) for weight in layer(step.sizes, moe=True))
+    of_a_layer = sum(math.prod(layout.split(weight)) for weight in layer(step.sizes))
     return Memory(
         weights=FP32 * shard,
         gathered=3 * FP32 * of_a_layer,
@@ -73,11 +73,11 @@ def memory(step: Step) -> Memory:
 
 def _activations(step: Step, *, stage: int) -> int:
     sizes, layout = step.sizes, step.layout
-    moe, dense = (layer_activations(sizes, layout, moe=is_moe) for is_moe in (True, False))
-    kept = step.moe_layers * moe + step.dense_layers * dense
+    moe = layer_activations(sizes, layout)
+    kept = sum(step.count(part) * part_activations(sizes, layout, part) for part in sizes.parts)
     per_token = LOGITS * sizes.vocab / layout.tp if stage == layout.pp - 1 else 0.0
     if step.workload.activation_checkpointing:
-        kept = (step.moe_layers + step.dense_layers) * BF16 * sizes.hidden / layout.token_ways
+        kept = sizes.layers // layout.pp * BF16 * sizes.hidden / layout.token_ways
         per_token += moe
     return int(step.tokens * (per_token + _in_flight(step, stage) * kept))
 
@@ -89,20 +89,35 @@ def _in_flight(step: Step, stage: int) -> float:
     return min(step.micro_batches, (warm_up + 1) / chunks)
 
 
-def layer_activations(sizes: ModelSizes, layout: Folding, *, moe: bool) -> float:
-    """Bytes that a layer keeps for its backward pass, in bfloat16, per token of a CP rank.
+def layer_activations(sizes: ModelSizes, layout: Folding) -> float:
+    """Bytes that a whole layer with experts keeps, as `part_activations` counts them."""
+    attention = 0.0 if sizes.separate else part_activations(sizes, layout, "attention")
+    return attention + part_activations(sizes, layout, "moe")
+
+
+def part_activations(sizes: ModelSizes, layout: Folding, part: Part) -> float:
+    """Bytes that a part of a layer keeps for its backward pass, in bfloat16, per token of a CP rank.
 
     Counted as in arXiv 2205.05198, section 4, without dropout, and with an attention that keeps no scores: the inputs
-    of two norms, of attention and of the FFN; queries, keys, values, and what attention returns; gate, up, and their
-    product. For each expert of a token, its copy of the token and its output too. The kernels of transformers are not
-    fused: a norm keeps a float32 copy and the normalised input, an FFN its activated gate.
+    of its norm and of itself; queries, keys, values, and what attention returns; gate, up, and their product. For each
+    expert of a token, its copy of the token and its output too. Mamba-2 keeps its projections, what was convolved, and
+    what the scan and the gated norm return. The kernels of transformers are not fused: a norm keeps a float32 copy and
+    the normalised input, an FFN its activated gate.
     """
     fused = layout.engine == "megatron"
-    hidden, width = (4, sizes.matrices) if fused else (8, sizes.matrices + 1)
-    kept = hidden * sizes.hidden / layout.token_ways
-    kept += 2 * (sizes.heads + sizes.kv_heads) * sizes.head_size / layout.tp
-    if not moe:
-        return BF16 * (kept + width * sizes.ffn_width / layout.tp)
-    # ETP gathers the tokens of its ranks and splits the width.
-    routed = sizes.top_k * ((layout.etp + 1) * sizes.hidden + width * sizes.expert_width) / layout.tp
-    return BF16 * (kept + routed + width * sizes.shared_width / layout.shared_ways)
+    inputs, width = (2, sizes.matrices) if fused else (4, sizes.matrices + 1)
+    kept = inputs * sizes.hidden / layout.token_ways
+    match part:
+        case "attention":
+            kept += 2 * (sizes.heads + sizes.kv_heads) * sizes.head_size / layout.tp
+        case "mamba2":
+            assert sizes.mamba
+            kept += (sizes.mamba.rows + sizes.mamba.convolved + 2 * sizes.mamba.channels) / layout.tp
+        case "dense":
+            kept += width * sizes.ffn_width / layout.tp
+        case "moe":
+            # ETP gathers the tokens of its ranks and splits the width.
+            copies = (layout.etp + 1) * sizes.expert_size + width * sizes.expert_width
+            kept += sizes.top_k * copies / layout.tp + width * sizes.shared_width / layout.shared_ways
+            kept += 2 * (sizes.latent or 0) / layout.tp
+    return BF16 * kept

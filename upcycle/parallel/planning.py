@@ -10,11 +10,10 @@ from upcycle.parallel.communication import communication
 from upcycle.parallel.gpu import checked_gpu
 from upcycle.parallel.roofline import seconds
 from upcycle.parallel.search import Candidate, Request, candidate, search
-from upcycle.parallel.sizes import conversion_sizes
 
 if TYPE_CHECKING:
-    from upcycle.convert.prepare import Conversion
     from upcycle.parallel.config import PlanConfig
+    from upcycle.parallel.sizes import ModelSizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +36,8 @@ class Planned:
         return self.chosen.memory.total <= self.request.usable_memory
 
 
-def plan_training(config: PlanConfig, conversion: Conversion) -> Planned:
-    """Plan training what a conversion makes.
+def plan_training(config: PlanConfig, sizes: ModelSizes) -> Planned:
+    """Plan training a model.
 
     Raises:
         ConfigError: no layout fits, or a figure is out of range.
@@ -48,7 +47,7 @@ def plan_training(config: PlanConfig, conversion: Conversion) -> Planned:
         raise ConfigError("nodes is out of range", found=config.nodes, expected="1 or more")
     request = Request(
         parallel=config.parallel,
-        sizes=conversion_sizes(conversion),
+        sizes=sizes,
         workload=config.workload,
         gpu=checked_gpu(config.gpu),
         nodes=config.nodes,

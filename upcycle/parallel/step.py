@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from upcycle.parallel.sizes import layer, outside
+from upcycle.parallel.sizes import outside, weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from upcycle.parallel.config import WorkloadConfig
     from upcycle.parallel.folding import Folding
-    from upcycle.parallel.sizes import ModelSizes, Weight
+    from upcycle.parallel.sizes import ModelSizes, Part, Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +34,14 @@ class Step:
         """Tokens of a micro-batch, over the ranks of CP; those of TP share them, or split them further."""
         return self.workload.micro * self.workload.sequence_length // self.layout.cp
 
-    @property
-    def moe_layers(self) -> int:
-        """Layers with experts of the stage that has most of them."""
-        return math.ceil(self.sizes.moe_layers / self.layout.pp)
-
-    @property
-    def dense_layers(self) -> int:
-        """The other layers of that stage."""
-        return self.sizes.layers // self.layout.pp - self.moe_layers
+    def count(self, part: Part) -> int:
+        """How many layers have a part, of the stage that has most layers with experts."""
+        layers, experts = self.sizes.layers // self.layout.pp, math.ceil(self.sizes.moe_layers / self.layout.pp)
+        if part == "moe":
+            return experts
+        if part == "dense" and not self.sizes.separate:
+            return layers - experts
+        return math.ceil(self.sizes.count(part) / self.layout.pp)
 
     @property
     def chunks(self) -> int:
@@ -52,10 +51,9 @@ class Step:
 
     def stage_weights(self) -> Iterator[tuple[Weight, int]]:
         """The weights of an outer stage of the pipeline, and how often it has them."""
-        for weight in layer(self.sizes, moe=True):
-            yield weight, self.moe_layers
-        for weight in layer(self.sizes, moe=False):
-            yield weight, self.dense_layers
+        for part in self.sizes.parts:
+            for weight in weights(self.sizes, part):
+                yield weight, self.count(part)
         for weight in outside(self.sizes):
             yield weight, 1
             if self.layout.pp > 1:

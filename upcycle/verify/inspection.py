@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +12,11 @@ from rich.table import Table
 from torch import Tensor
 
 from upcycle.arch.target import matrices
-from upcycle.checkpoint import TensorReader, open_reader
+from upcycle.checkpoint import TensorReader, has_weights, open_reader
 from upcycle.models.config import read_config
 from upcycle.models.manifest import read_manifest
 from upcycle.models.moe import MoeDescription, describe_moe, target_of
+from upcycle.verify.stored import stored_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -34,17 +34,16 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     """
     directory = Path(config.path).expanduser()
     raw = read_config(directory)
-    reader = open_reader(directory)
+    moe = describe_moe(directory) if target_of(raw) else None
     found: dict[str, Any] = {
         "path": config.path,
         "model_type": raw.get("model_type"),
         "architectures": raw.get("architectures"),
-        "sizes": _sizes(reader),
+        "sizes": stored_sizes(directory, moe),
     }
-    if target_of(raw):
-        moe = describe_moe(directory)
+    if moe:
         found["moe"] = _shape(moe)
-        found["similarity"] = similarity(reader, moe)
+        found["similarity"] = similarity(open_reader(directory), moe) if has_weights(directory) else []
     manifest = read_manifest(directory)
     if manifest and "source" in manifest:
         kept = ("source", "config", "init", "seed", "plan_sha256", "versions", "losses")
@@ -117,24 +116,19 @@ def _shape(moe: MoeDescription) -> dict[str, Any]:
     }
 
 
-def _sizes(reader: TensorReader) -> dict[str, Any]:
-    tensors = reader.tensors.values()
-    return {
-        "tensors": len(reader.tensors),
-        "files": len(reader.files),
-        "parameters": sum(math.prod(info.shape) for info in tensors),
-        "bytes": sum(info.nbytes for info in tensors),
-        "dtypes": sorted({info.dtype for info in tensors}),
-    }
-
-
 def inspection_table(found: Mapping[str, Any]) -> RenderableType:
     """The description for people."""
     table = Table(box=box.SIMPLE, show_header=False, title=found["path"])
     sizes = found["sizes"]
     table.add_row("type", found["model_type"])
-    table.add_row("parameters", f"{sizes['parameters']:,} in {sizes['tensors']} tensors ({', '.join(sizes['dtypes'])})")
+    active = f" ({sizes['active_parameters']:,} active)" if "moe" in found else ""
+    if sizes["ahead_parameters"]:
+        active += f", {sizes['ahead_parameters']:,} of them for multi-token prediction,"
+    stored = f"in {sizes['tensors']:,} tensors ({', '.join(sizes['dtypes'])})"
+    table.add_row("parameters", f"{sizes['parameters']:,}{active} {stored}")
     table.add_row("size", f"{sizes['bytes'] / 1e9:.3f} GB in {sizes['files']} files")
+    states = f", {sizes['cache_bytes_per_sequence']:,} for a sequence" if sizes["cache_bytes_per_sequence"] else ""
+    table.add_row("cache", f"{sizes['cache_bytes_per_token']:,} bytes for a token{states}")
     if "moe" not in found:
         return table
     moe = found["moe"]
@@ -148,7 +142,7 @@ def inspection_table(found: Mapping[str, Any]) -> RenderableType:
     table.add_row("MoE layers", layers)
     for name, value in (*_provenance(found.get("provenance")), *_training(found.get("training"))):
         table.add_row(name, value)
-    return Group(table, _similarity_table(found["similarity"]))
+    return Group(table, _similarity_table(found["similarity"])) if found["similarity"] else table
 
 
 def _provenance(provenance: Mapping[str, Any] | None) -> list[tuple[str, str]]:

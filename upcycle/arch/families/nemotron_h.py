@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from upcycle.arch.backbone import Backbone
-from upcycle.arch.family import Family, Ffn, Kind
+from upcycle.arch.family import Ahead, Family, Ffn, Kind
 from upcycle.errors import SourceError
 
 if TYPE_CHECKING:
@@ -47,12 +47,31 @@ def pattern(fields: Mapping[str, Any]) -> tuple[str, ...]:
     return listed
 
 
+def ahead_pattern(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """The letter of every layer of one depth of multi-token prediction.
+
+    Raises:
+        SourceError: as `pattern`.
+    """
+    text, names = fields.get("mtp_hybrid_override_pattern"), fields.get("mtp_layers_block_type")
+    return pattern({"hybrid_override_pattern": text, "layers_block_type": names})
+
+
 def symbols(config: Any) -> dict[str, int]:
-    """Sizes of a Mamba-2 layer: I channels, S heads, N states; C channels and W width of its convolution; R in_proj."""
+    """Sizes of a Mamba-2 layer, and of a mixture of experts.
+
+    I channels, S heads, N states; C channels of the convolution, W its width; R rows of in_proj.
+    """
     heads, states = config.mamba_num_heads, config.ssm_state_size
     inner, inputs = heads * config.mamba_head_dim, 2 * config.n_groups * states
     convolution = {"C": inner + inputs, "W": config.conv_kernel}
-    return {"I": inner, "S": heads, "N": states, **convolution, "R": 2 * inner + inputs + heads}
+    mixture = {
+        "experts": config.n_routed_experts,
+        "expert": config.moe_intermediate_size,
+        "shared": config.moe_shared_expert_intermediate_size or config.intermediate_size,
+        "latent": config.moe_latent_size or config.hidden_size,
+    }
+    return {"I": inner, "S": heads, "N": states, **convolution, "R": 2 * inner + inputs + heads, **mixture}
 
 
 def backbone(config: Any) -> Backbone:
@@ -94,11 +113,35 @@ FAMILY = Family(
             },
         ),
         "-": Kind(tensors=NORM, ffn=Ffn(module="mixer", gate=None, bias="mlp_bias")),
-        "E": Kind(tensors=NORM, experts=True),
+        "E": Kind(
+            experts=True,
+            tensors={
+                **NORM,
+                "mixer.gate.weight": "experts H",
+                "mixer.gate.e_score_correction_bias": "experts",
+                "mixer.experts.{expert}.up_proj.weight": "expert latent",
+                "mixer.experts.{expert}.down_proj.weight": "latent expert",
+                "mixer.shared_experts.up_proj.weight": "shared H",
+                "mixer.shared_experts.down_proj.weight": "H shared",
+            },
+            optional={
+                "moe_latent_size": {
+                    "mixer.fc1_latent_proj.weight": "latent H",
+                    "mixer.fc2_latent_proj.weight": "H latent",
+                },
+            },
+        ),
     },
     pattern=pattern,
     more_symbols=symbols,
     activation="mlp_hidden_act",
     ties_embeddings=False,
+    ahead=Ahead(
+        layer="mtp.layers.{layer}.",
+        depths="num_nextn_predict_layers",
+        pattern=ahead_pattern,
+        first={"enorm.weight": "H", "hnorm.weight": "H", "eh_proj.weight": "H 2*H"},
+        last={"final_layernorm.weight": "H"},
+    ),
     backbone=backbone,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from upcycle.options.arguments import options_of
 from upcycle.options.config import InspectConfig, VerifyConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lightning.pytorch import Callback
     from rich.console import RenderableType
 
@@ -47,26 +50,29 @@ def plan(config: PlanConfig) -> int:
     if config.parallel is None:
         _print(config.format, data, table)
         return 0
-    planned = plan_training(config, sizes)
+    planned = plan_training(config, sizes())
     _print(config.format, {**data, "training": planned_json(planned)}, Group(table, planned_table(planned)))
     return 0 if planned.fits else 1
 
 
-def _conversion(config: PlanConfig) -> tuple[dict[str, Any], RenderableType, ModelSizes]:
+def _conversion(config: PlanConfig) -> tuple[dict[str, Any], RenderableType, Callable[[], ModelSizes]]:
     from upcycle.convert.prepare import prepare
     from upcycle.convert.render import plan_json, plan_table
     from upcycle.parallel.sizes import conversion_sizes
 
     conversion = prepare(config, execute=False)
-    return plan_json(conversion), plan_table(conversion), conversion_sizes(conversion)
+    return plan_json(conversion), plan_table(conversion), partial(conversion_sizes, conversion)
 
 
-def _mixture(source: str) -> tuple[dict[str, Any], RenderableType, ModelSizes]:
-    from upcycle.parallel.sizes import directory_sizes
+def _mixture(source: str) -> tuple[dict[str, Any], RenderableType, Callable[[], ModelSizes]]:
+    from upcycle.models.config import load_config
+    from upcycle.models.moe import describe_moe
+    from upcycle.parallel.sizes import checkpoint_sizes
     from upcycle.verify.inspection import inspect, inspection_table
 
-    found = inspect(InspectConfig(path=source, format="json"))
-    return found, inspection_table(found), directory_sizes(Path(source).expanduser())
+    directory, found = Path(source).expanduser(), inspect(InspectConfig(path=source, format="json"))
+    sizes = partial(checkpoint_sizes, load_config(directory), describe_moe(directory))
+    return found, inspection_table(found), sizes
 
 
 def convert(config: ConvertConfig) -> int:

@@ -10,12 +10,9 @@ from upcycle.arch.families import FAMILIES
 from upcycle.arch.mixing import SCAN, mixers
 from upcycle.arch.targets import TARGETS
 from upcycle.errors import ConfigError
-from upcycle.models.config import load_config
-from upcycle.models.moe import describe_moe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from upcycle.arch.backbone import QkNorm
     from upcycle.convert.prepare import Conversion
@@ -286,25 +283,18 @@ def _mixing(config: Any) -> dict[str, Any]:
     return {"separate": (found.count("attention"), found.count("mamba2")), "mamba": mamba}
 
 
-def directory_sizes(directory: Path) -> ModelSizes:
-    """The sizes of a mixture of experts on disk.
+def checkpoint_sizes(config: Any, moe: MoeDescription) -> ModelSizes:
+    """The sizes of a checkpoint of a native MoE type, from its transformers configuration.
 
     Raises:
-        SourceError: it is none that upcycle knows.
-        ConfigError: it is of the generic type, whose sizes are planned from the dense model.
+        ConfigError: it is of the generic type, whose sizes are those of a conversion.
     """
-    moe = describe_moe(directory)
     if moe.target.generic:
         raise ConfigError(
             "training is planned for types of transformers, or for a dense model that is to be converted",
             found=f"model_type={moe.model_type}",
             remedy="give the dense model as source, and target=upcycled_moe",
         )
-    return checkpoint_sizes(load_config(directory), moe)
-
-
-def checkpoint_sizes(config: Any, moe: MoeDescription) -> ModelSizes:
-    """The sizes of a checkpoint of a native MoE type, from its transformers configuration."""
     heads, family = config.num_attention_heads, FAMILIES.get(config.model_type)
     return ModelSizes(
         layers=moe.layer_count,

@@ -56,6 +56,7 @@ def options(source: Path | str, output: Path | str, *, init: str = "virtual_grou
         output=str(output),
         target="auto",
         portable=True,
+        mtp="keep",
         dtype="auto",
         seed=0,
         max_shard_size="5GB",

@@ -81,6 +81,7 @@ class Target:
         router_orders: orders of softmax and top-k, or sigmoids.
         shared: whether it has shared experts.
         dense_layers: whether some layers may keep their FFN.
+        ahead: whether layers for multi-token prediction are kept, as its own.
         generic: the type takes any backbone, un-gated FFNs and biases.
         float32_router: whether logits are float32 whatever the model's dtype.
         scale_field: field of config.json that multiplies the router's weights; None where matrices carry the scale.
@@ -107,6 +108,7 @@ class Target:
     router_orders: tuple[RouterOrder, ...] = ("softmax_topk", "topk_softmax")
     shared: bool = False
     dense_layers: bool = False
+    ahead: bool = False
     generic: bool = False
     float32_router: bool = False
     scale_field: str | None = None
@@ -121,9 +123,15 @@ class Target:
 
     def objections(self, model: DenseModel, moe: MoeShape) -> tuple[Objection, ...]:
         """Everything in the request that this type cannot express exactly; empty if it fits."""
+        ahead = self._ahead_objections(model)
         if self.generic:
+            return ahead
+        return (*ahead, *self._backbone_objections(model), *self._moe_objections(model, moe))
+
+    def _ahead_objections(self, model: DenseModel) -> tuple[Objection, ...]:
+        if self.ahead or not model.ahead_shapes():
             return ()
-        return (*self._backbone_objections(model), *self._moe_objections(model, moe))
+        return (Objection(field="multi-token prediction", found="there", expressible="none (mtp=none)"),)
 
     def _backbone_objections(self, model: DenseModel) -> list[Objection]:
         if self.family == model.family.model_type:

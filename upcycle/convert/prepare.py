@@ -15,7 +15,7 @@ from upcycle.plan.cost import Cost, cost
 from upcycle.plan.effort import Effort, effort
 from upcycle.plan.groups import settled
 from upcycle.plan.plan import Plan, build_plan
-from upcycle.plan.request import check_init, moe_shape
+from upcycle.plan.request import check_ahead, check_init, moe_shape
 from upcycle.plan.scaling import expected_mass
 from upcycle.plan.select import own_order, select_target
 
@@ -64,6 +64,7 @@ def prepare(config: ConversionConfig, *, execute: bool) -> Conversion:
         UpcycleError: anything wrong with the source or the request.
     """
     check_init(config.init)
+    check_ahead(config.mtp)
     if config.calibration_tokens < 2:
         raise ConfigError("calibration_tokens is out of range", found=config.calibration_tokens, expected="2 or more")
     if config.workers < 1:
@@ -72,6 +73,7 @@ def prepare(config: ConversionConfig, *, execute: bool) -> Conversion:
     source = open_source(config.source, need_weights=execute)
     if config.output:
         check_apart(source.path, expanded(config.output))
+    source = source.without_ahead() if config.mtp == "none" else source
     model = source.model
     order = own_order(model.family.model_type)
     moe = moe_shape(config.moe, config.init, ffn_width=model.ffn_width, layers=model.ffn_layers, order=order)

@@ -47,6 +47,7 @@ def match_names(
     extra = [name for name in unknown if name in unlisted]
     if extra:
         _log.warning("not read, since no index lists them and the model has no place for them: %s", listed(extra))
+    _check_ahead(model, stored, unknown)
     strangers = [name for name in unknown if name not in unlisted]
     if strangers:
         raise _wrapped(strangers, shapes, expected) or SourceError(
@@ -75,6 +76,31 @@ def match_names(
                 remedy="take config.json and weights from the same model",
             )
     return stored
+
+
+def _check_ahead(model: DenseModel, stored: Collection[str], unknown: Collection[str]) -> None:
+    """Check that config.json and files agree about layers for multi-token prediction."""
+    ahead = model.family.ahead
+    if ahead is None:
+        return
+    prefix = ahead.layer.partition("{")[0]
+    untold = [name for name in unknown if name.startswith(prefix)]
+    if untold:
+        raise SourceError(
+            "the files have layers for multi-token prediction that config.json does not tell of",
+            found=f"{listed(untold)}, and {ahead.depths}={getattr(model.config, ahead.depths, 0)}",
+            expected=f"as many as {ahead.depths} says",
+            remedy=f"set {ahead.depths} in config.json to what the model was trained with, or delete these tensors",
+        )
+    missing = [name for name in model.ahead_shapes() if name not in stored]
+    if missing:
+        raise SourceError(
+            "config.json tells of layers for multi-token prediction that the files do not have, or not whole",
+            found=f"{ahead.depths}={getattr(model.config, ahead.depths)} without {listed(missing)}",
+            expected="all of their tensors",
+            remedy=f"download the complete checkpoint; or set {ahead.depths} to 0, as transformers does not when it "
+            "saves a model without them",
+        )
 
 
 def _wrapped(

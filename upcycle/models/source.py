@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,7 @@ class DenseSource:
         reader: lazy reader; None when only config and index are there.
         stored: the model's tensor name -> the name in the files.
         buffers: names in the files of buffers that no model reads.
+        left: names of tensors for multi-token prediction that are to be left out.
     """
 
     given: str
@@ -61,6 +63,7 @@ class DenseSource:
     reader: TensorReader | None
     stored: Mapping[str, str]
     buffers: tuple[str, ...]
+    left: tuple[str, ...] = ()
 
     @property
     def is_gguf(self) -> bool:
@@ -77,7 +80,18 @@ class DenseSource:
         """Stored tensors that no conversion takes over, and why."""
         tied = [HEAD] if self.model.tied and HEAD in self.stored else []
         buffers = dict.fromkeys(self.buffers, "a buffer that the model computes anew")
-        return {**dict.fromkeys(tied, "tied to the embedding"), **buffers}
+        left = dict.fromkeys(self.left, "mtp=none")
+        return {**dict.fromkeys(tied, "tied to the embedding"), **buffers, **left}
+
+    def without_ahead(self) -> DenseSource:
+        """The same model without its layers for multi-token prediction, which no forward pass of it uses."""
+        ahead, left = self.model.family.ahead, self.model.ahead_shapes()
+        if ahead is None or not left:
+            return self
+        config = deepcopy(self.model.config)
+        setattr(config, ahead.depths, 0)
+        stored = {name: each for name, each in self.stored.items() if name not in left}
+        return replace(self, model=replace(self.model, config=config), stored=stored, left=tuple(left))
 
     def read(self, name: str) -> Tensor:
         """A tensor by the model's name for it."""

@@ -73,6 +73,7 @@ class ConversionConfig:
         output: directory of the MoE checkpoint.
         target: auto, or a MoE type by name.
         portable: also write what other engines need and what changes nothing, such as biases of zeros.
+        mtp: what becomes of layers for multi-token prediction: keep (as they are) or none.
         dtype: auto (the source's), float32, bfloat16 or float16.
         seed: seed of everything random.
         max_shard_size: size limit of one safetensors file, such as 5GB or 500MB.
@@ -86,6 +87,7 @@ class ConversionConfig:
     output: str | None
     target: str
     portable: bool
+    mtp: str
     dtype: str
     seed: int
     max_shard_size: str

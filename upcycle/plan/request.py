@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 ROUTER_ORDERS: tuple[RouterOrder, ...] = get_args(RouterOrder)
 SCALING_RULES = ("exact", "paper", "down", "calibrated", "none")
+AHEAD = ("keep", "none")
 INITS = ("virtual_group", "copy", "drop", "noise", "random")
 MOST_EXPERTS = 2**16
 
@@ -75,6 +76,15 @@ def moe_shape(
         layers=moe_layers(config.layers, layers),
         groups=groups,
     )
+
+
+def check_ahead(mtp: str) -> None:
+    """Check `mtp`.
+
+    Raises:
+        ConfigError: an unknown value.
+    """
+    _choice("mtp", mtp, AHEAD)
 
 
 def check_init(init: InitConfig) -> None:

@@ -25,7 +25,7 @@ def select_target(name: str, model: DenseModel, moe: MoeShape, *, portable: bool
     """
     objections = {target.model_type: target.objections(model, moe) for target in TARGETS.values()}
     fitting = [model_type for model_type, found in objections.items() if not found]
-    if name == "auto":
+    if name == "auto" and fitting:
         found = features(model, moe, portable=portable)
         served = {each: serving(each, found) for each in fitting}
         chosen = max(fitting, key=lambda each: _exact(served[each]))  # of equals, the first
@@ -34,6 +34,12 @@ def select_target(name: str, model: DenseModel, moe: MoeShape, *, portable: bool
             elsewhere = (str(each) for each in served[other] if each.verdict != "exact")
             reasons.append(f"{other}, which expresses it too: {'; '.join(elsewhere)}")
         return TARGETS[chosen], (f"{chosen} expresses the model and the routing exactly", *reasons)
+    if name == "auto":
+        raise TargetError(
+            "no type expresses this model and routing exactly",
+            found="; ".join(f"{other}: {', '.join(map(str, found))}" for other, found in objections.items()),
+            remedy="change what upcycled_moe, which takes most, cannot express",
+        )
     if name not in TARGETS:
         known = ("auto", *TARGETS)
         raise ConfigError("unknown target", found=name, expected=", ".join(known), remedy=did_you_mean(name, known))
@@ -41,8 +47,8 @@ def select_target(name: str, model: DenseModel, moe: MoeShape, *, portable: bool
         raise TargetError(
             f"target={name} cannot express this model and routing exactly",
             found="; ".join(map(str, objections[name])),
-            expected="a type that can: " + ", ".join(fitting),
-            remedy=f"set target={fitting[0]}, or target=auto",
+            expected="a type that can: " + ", ".join(fitting) if fitting else None,
+            remedy=f"set target={fitting[0]}, or target=auto" if fitting else "change what is not expressible",
         )
     return TARGETS[name], (f"{name} was asked for, and expresses the model and the routing exactly",)
 

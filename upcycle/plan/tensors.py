@@ -83,6 +83,8 @@ class Tensors:
             yield self._whole(name, shape)
         for layer in range(self.model.layers):
             yield from (replace(tensor, layer=layer) for tensor in self._layer(layer))
+        for name, shape in self.model.ahead_shapes().items():
+            yield self._whole(name, shape)
         if self.padding and self.model.tied:
             copied = self.padding.embedding
             whole = self._whole(copied, self.model.outer_shapes()[copied])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from upcycle.train.config import TrainConfig
 
 BYTES = "bytes"
+_log = logging.getLogger("upcycle")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +96,19 @@ def start_model(config: TrainConfig, ranks: Ranks = ALONE) -> Start:
         if ranks.layout.data > 1:
             check_units(start.model)
         settle(start.model)
+    _leave_ahead(start.model)
     start.model.train()
     check_fits(start.model, start.tokenizer, config.sequence_length)
     return start
+
+
+def _leave_ahead(model: PreTrainedModel) -> None:
+    """Say of a model what holds once it is loaded: that it has no layers for multi-token prediction."""
+    family = FAMILIES.get(model.config.model_type)
+    ahead = family.ahead if family else None
+    if ahead and getattr(model.config, ahead.depths, 0):
+        _log.warning("layers for multi-token prediction are not trained, and what is exported has none")
+        setattr(model.config, ahead.depths, 0)
 
 
 def check_layout(start: Start, layout: RankLayout) -> None:
@@ -235,6 +247,7 @@ def conversion_request(config: TrainConfig) -> ConvertConfig:
         output="",
         target=config.target,
         portable=False,
+        mtp="none",
         dtype="float32",
         seed=config.seed,
         max_shard_size="5GB",

@@ -53,6 +53,7 @@ TARGET = Target(
     router_orders=("sigmoid_topk",),
     shared=True,
     dense_layers=True,
+    ahead=True,
     gated=False,
     float32_router=True,
     scale_field="routed_scaling_factor",

@@ -162,6 +162,7 @@ def describe_config(target: Target, config: Any, manifest: dict[str, Any] | None
     if family and target.family:
         sparse = _expert_layers(family, config.to_dict())
     shared = ("shared_expert_intermediate_size", "shared_intermediate_size", "moe_shared_expert_intermediate_size")
+    made = (manifest or {}).get("moe", {})
     own = {**vars(config), **getattr(config, PADDED, {})}
     renormalised = getattr(config, "norm_topk_prob", "softmax_topk" not in target.router_orders)
     return MoeDescription(
@@ -175,8 +176,8 @@ def describe_config(target: Target, config: Any, manifest: dict[str, Any] | None
         top_k=config.num_experts_per_tok,
         expert_width=getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
         shared_width=next((own[name] for name in shared if name in own), 0),
-        granularity=config.granularity if generic else manifest["moe"]["granularity"] if manifest else 1,
-        groups=config.groups if generic else (manifest or {}).get("moe", {}).get("groups", "free"),
+        granularity=config.granularity if generic else made.get("granularity", 1),
+        groups=config.groups if generic else made.get("groups", "free"),
         router_order=_order(target, config, renormalised=renormalised),
         renormalise=renormalised,
         scaling_factor=getattr(config, "routed_scaling_factor", 1.0),

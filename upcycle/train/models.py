@@ -104,11 +104,11 @@ def start_model(config: TrainConfig, ranks: Ranks = ALONE) -> Start:
 
 def _leave_ahead(model: PreTrainedModel) -> None:
     """Say of a model what holds once it is loaded: that it has no layers for multi-token prediction."""
-    family = FAMILIES.get(model.config.model_type)
-    ahead = family.ahead if family else None
-    if ahead and getattr(model.config, ahead.depths, 0):
+    config: Any = model.config
+    family = FAMILIES.get(config.model_type)
+    if family and family.ahead and getattr(config, family.ahead.depths, 0):
         _log.warning("layers for multi-token prediction are not trained, and what is exported has none")
-        setattr(model.config, ahead.depths, 0)
+        setattr(config, family.ahead.depths, 0)
 
 
 def check_layout(start: Start, layout: RankLayout) -> None:
@@ -206,12 +206,13 @@ def _from_architecture(config: TrainConfig, architecture: dict[str, Any], ranks:
     source = open_source(config.source, need_weights=False) if config.source else None
     tokenizer = _tokenizer(config, source)
     model_type = architecture.get("model_type")
-    if model_type not in FAMILIES:
+    known = sorted({*FAMILIES, *(name for name, target in TARGETS.items() if not target.generic)})
+    if model_type not in known:
         raise ConfigError(
             "unknown architecture",
             found=f"model_type={model_type}",
-            expected=", ".join(sorted(FAMILIES)),
-            remedy=did_you_mean(str(model_type), FAMILIES),
+            expected=", ".join(known),
+            remedy=did_you_mean(str(model_type), known),
         )
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     fields = {"vocab_size": len(tokenizer), **special, **architecture}
@@ -221,7 +222,9 @@ def _from_architecture(config: TrainConfig, architecture: dict[str, Any], ranks:
         model = _random(_transformers_config(fields), ranks)
     except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
         raise ConfigError("architecture is not valid", found=" ".join(str(error).split())) from error
-    return Start(model=model, tokenizer=tokenizer, moe=None, source=None, origin=None, manifest={})
+    target = target_of(model.config.to_dict())
+    moe = describe_config(target, model.config, None) if target else None
+    return Start(model=model, tokenizer=tokenizer, moe=moe, source=None, origin=None, manifest={})
 
 
 def _checkpoint(config: TrainConfig, ranks: Ranks) -> Start:
@@ -320,7 +323,7 @@ def _random(transformers_config: Any, ranks: Ranks) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(transformers_config, dtype=torch.float32)
     if ranks.size == 1:
         return model
-    dense = transformers_config.model_type in FAMILIES
+    dense = target_of(transformers_config.to_dict()) is None
     with laid_out(replace(ranks.layout, ep=1) if dense else ranks.layout) as layout:
         return _filled(transformers_config, model.state_dict(), **layout)
 

@@ -109,6 +109,12 @@ def config(name: str, **changes: Any) -> Any:
     return AutoConfig.for_model(**fields)
 
 
+def ffn_layers(name: str) -> list[int]:
+    """Indices of the layers that have an FFN."""
+    pattern = MODELS[name].get("hybrid_override_pattern", "-" * LAYERS)
+    return [layer for layer, kind in enumerate(pattern) if kind == "-"]
+
+
 def build(name: str, *, seed: int = 0, **changes: Any) -> nn.Module:
     """A model in which no bias is 0, no norm is 1, and activations stay of order 1."""
     torch.manual_seed(seed)

@@ -55,6 +55,7 @@ MEASURED = [
     ("olmoe", {}, "exact", "exact"),
     ("olmoe", TOPK, "differs", "differs"),
     ("flex_olmo", {}, "exact", "refuses"),
+    ("nemotron_h", {"router_order": "sigmoid_topk"}, "unmeasured", "unmeasured"),
     ("upcycled_moe", {}, "refuses", "refuses"),
 ]
 
@@ -116,3 +117,9 @@ def test_the_type_that_more_engines_serve_is_chosen() -> None:
     assert plan.target == "olmoe"
     passed_over = "qwen3_moe, which expresses it too: llama.cpp: computes something else: it renormalises"
     assert any(line.startswith(passed_over) for line in plan.why)
+
+
+def test_what_is_not_measured_is_not_called_exact() -> None:
+    plan = planned(described("nemotron_h"), router_order="auto")
+    assert plan.target == "nemotron_h"
+    assert {each.verdict for each in plan.serving} == {"unmeasured"}

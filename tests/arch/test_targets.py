@@ -15,6 +15,7 @@ from upcycle.arch.targets import TARGETS
 from upcycle.errors import ConfigError, TargetError
 
 SOFTMAX, TOPK = {"router_order": "softmax_topk"}, {"router_order": "topk_softmax"}
+AUTO, SIGMOID = {"router_order": "auto"}, {"router_order": "sigmoid_topk"}
 SHARED, SOME_LAYERS = {"shared_experts": 1}, {"layers": "every_2"}
 
 CHOICES = [
@@ -65,11 +66,21 @@ CHOICES = [
     ("gpt2_untied", TOPK | SOME_LAYERS, "upcycled_moe"),
     ("nemotron", SOFTMAX, "upcycled_moe"),
     ("nemotron_biases", TOPK | SHARED, "upcycled_moe"),
+    ("nemotron_h", AUTO, "nemotron_h"),
+    ("nemotron_h", AUTO | {"shared_neurons": 4}, "nemotron_h"),
+    ("nemotron_h", AUTO | SOME_LAYERS, "nemotron_h"),
+    ("nemotron_h", AUTO | {"groups": "positions"}, "upcycled_moe"),
+    ("nemotron_h", TOPK, "upcycled_moe"),
+    ("nemotron_h_runs", SIGMOID | SHARED, "nemotron_h"),
+    ("nemotron_h_biases", AUTO, "upcycled_moe"),
+    ("nemotron", SIGMOID, "upcycled_moe"),
+    ("llama", AUTO, "qwen2_moe"),
+    ("llama", SIGMOID | {"shared_neurons": "all"}, "upcycled_moe"),
 ]
 
 REFUSALS = [
     ("llama", SOFTMAX | {"target": "mixtral"}, ["router order is softmax_topk"], ["qwen2_moe", "upcycled_moe"]),
-    ("llama", TOPK | SHARED | {"target": "mixtral"}, ["shared experts is 1"], ["qwen2_moe", "granitemoeshared"]),
+    ("llama", TOPK | SHARED | {"target": "mixtral"}, ["shared experts is of width 12"], ["qwen2_moe", "granitemoeshared"]),
     ("llama", TOPK | SOME_LAYERS | {"target": "mixtral"}, ["dense layers is some"], ["qwen2_moe"]),
     (
         "llama_biases",
@@ -93,6 +104,10 @@ REFUSALS = [
         ["upcycled_moe"],
     ),
     ("phi3_partial_rotary", TOPK | {"target": "mixtral"}, ["partial_rotary_factor=0.5"], ["upcycled_moe"]),
+    ("nemotron_h_biases", AUTO | {"target": "nemotron_h"}, ["FFN bias is present"], ["upcycled_moe"]),
+    ("nemotron_h", SOFTMAX | {"target": "nemotron_h"}, ["router order is softmax_topk"], ["upcycled_moe"]),
+    ("nemotron_h", SIGMOID | {"target": "qwen2_moe"}, ["backbone is Mamba-2", "FFN is un-gated"], ["nemotron_h"]),
+    ("llama", SIGMOID | {"target": "nemotron_h"}, ["architecture is llama", "FFN is gated"], ["upcycled_moe"]),
     ("gemma2", TOPK | {"target": "qwen3_moe"}, ["logit softcapping", "norm is rmsnorm_plus_one"], ["upcycled_moe"]),
 ]
 

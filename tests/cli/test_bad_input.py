@@ -137,7 +137,7 @@ REQUESTS = {
     ),
     "native target without the backbone": Bad(
         ("target=olmoe", "moe.shared_experts=1"),
-        ("target=olmoe cannot express", "shared experts is 1, it can express 0"),
+        ("target=olmoe cannot express", "shared experts is of width 12, it can express none"),
         found="query/key norm is none, it can express full",
         remedy="target=auto",
     ),

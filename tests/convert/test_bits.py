@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import conversions
 import models
@@ -21,7 +22,8 @@ def dense_matrices(name, tensors, layer):
     if name.startswith("gpt2"):
         stem = f"transformer.h.{layer}.mlp"
         return None, tensors[f"{stem}.c_fc.weight"].T, tensors[f"{stem}.c_proj.weight"].T
-    stem = f"model.layers.{layer}.mlp"
+    hybrid = name.startswith("nemotron_h")
+    stem = f"backbone.layers.{layer}.mixer" if hybrid else f"model.layers.{layer}.mlp"
     down = tensors[f"{stem}.down_proj.weight"]
     if name.startswith("phi3"):
         return *tensors[f"{stem}.gate_up_proj.weight"].chunk(2), down
@@ -31,8 +33,8 @@ def dense_matrices(name, tensors, layer):
 
 def moe_matrices(tensors, layer):
     """Gate (or None), up and down of all experts of a layer of `upcycled_moe`, [N, out, in]."""
-    ending = f".{layer}.mlp.experts."
-    found = {name.partition(ending)[2]: tensor for name, tensor in tensors.items() if ending in name}
+    ending = re.compile(rf"\.{layer}\.(mlp|mixer)\.experts\.")
+    found = {ending.split(name)[-1]: tensor for name, tensor in tensors.items() if ending.search(name)}
     gate, up = found["gate_up_proj"].chunk(2, dim=1) if "gate_up_proj" in found else (None, found["up_proj"])
     return gate, up, found["down_proj"]
 
@@ -58,14 +60,14 @@ def test_experts_are_slices_times_powers_of_two(name, order, bfloat16, tmp_path)
     done = conversions.run(options(source, tmp_path / "moe", target="upcycled_moe", router_order=order))
     dense, moe = conversions.read_tensors(source), conversions.read_tensors(done.directory)
     needed = EXPANSION * GRANULARITY**2 / 2 if order == "softmax_topk" else GRANULARITY  # E*G^2/T and G
-    for layer in range(models.LAYERS):
+    for layer in models.ffn_layers(name):
         gate, up, down = dense_matrices(name, dense, layer)
         gates, ups, downs = moe_matrices(moe, layer)
         for expert in range(EXPANSION * GRANULARITY):
             shard = slice(expert % GRANULARITY * SHARD, (expert % GRANULARITY + 1) * SHARD)
             factors = {"up": ratio(ups[expert], up[shard]), "down": ratio(downs[expert], down[:, shard])}
             assert all(math.frexp(factor)[0] == 0.5 for factor in factors.values()), factors
-            degree = {"nemotron": 2, "nemotron_biases": 2, "gpt2": None}.get(name, 1)
+            degree = 2 if name.startswith("nemotron") else {"gpt2": None}.get(name, 1)
             assert factors["down"] * (factors["up"] ** degree if degree else 1) == needed
             assert factors["up"] == 1 or degree
             if gate is not None:
@@ -77,8 +79,11 @@ def test_everything_else_is_kept_bit_for_bit(name, bfloat16, tmp_path):
     source = bfloat16(name)
     done = conversions.run(options(source, tmp_path / "moe", target="upcycled_moe", layers=[1]))
     dense, moe = conversions.read_tensors(source), conversions.read_tensors(done.directory)
-    ffn = ("transformer.h.1.mlp." if name.startswith("gpt2") else "model.layers.1.mlp.",)
-    kept = {key: tensor for key, tensor in dense.items() if not key.startswith(ffn)}
+    hybrid = f"model.layers.{models.ffn_layers(name)[1]}.mixer."
+    families = {"gpt2": "transformer.h.1.mlp.", "nemotron_h": hybrid}
+    ffn = families.get(models.MODELS[name]["model_type"], "model.layers.1.mlp.")
+    in_memory = {re.sub(r"^backbone\.", "model.", key): tensor for key, tensor in dense.items()}
+    kept = {key: tensor for key, tensor in in_memory.items() if not key.startswith(ffn)}
     found = {key.removeprefix("language_model."): tensor for key, tensor in moe.items()}
     assert all(torch.equal(found[key], tensor) and found[key].dtype == tensor.dtype for key, tensor in kept.items())
     assert all(key.startswith(ffn) for key in found.keys() - kept.keys())

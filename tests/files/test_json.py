@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
+from transformers import PreTrainedConfig
 
 from upcycle.checkpoint.index import read_weight_map
 from upcycle.checkpoint.lock import CONTROL, recorded
@@ -16,7 +18,7 @@ from upcycle.data.cache import BOUNDS, TOKENS, cached_tokens
 from upcycle.data.config import SourceConfig
 from upcycle.data.sources import open_documents
 from upcycle.errors import RecordError, SourceError, UpcycleError
-from upcycle.files.json import MAX_DEPTH, NotJsonError, json_text, parse_json
+from upcycle.files.json import MAX_DEPTH, NotJsonError, json_text, parse_json, tagged
 from upcycle.models.config import read_config
 from upcycle.models.load import GENERATION, TOKENIZER, from_pretrained, load_tokenizer_from
 from upcycle.models.manifest import MANIFEST, read_manifest
@@ -152,3 +154,13 @@ def test_what_only_this_library_reads(tmp_path: Path, bad: tuple[bytes, str]) ->
 def test_what_is_written_is_strict() -> None:
     content = {"a": [1.5, float("nan"), (float("inf"), None)], "b": "NaN", "c": True}
     assert json.loads(json_text(content, indent=1)) == {"a": [1.5, None, [None, None]], "b": "NaN", "c": True}
+
+
+def test_infinities_are_written_as_transformers_writes_and_reads_them() -> None:
+    content = {"limit": (0.0, math.inf), "inner": {"low": -math.inf, "none": math.nan}, "name": "Infinity", "count": 3}
+    written = json.loads(json.dumps(tagged(content), allow_nan=False))
+    assert written == PreTrainedConfig._encode_special_floats(content)
+    read = PreTrainedConfig._decode_special_floats(written)
+    assert read["limit"] == [0.0, math.inf]
+    assert read["inner"]["low"] == -math.inf
+    assert math.isnan(read["inner"]["none"])

@@ -84,7 +84,8 @@ def test_a_head_that_is_tied_in_name_alone(
     source = stored(tmp_path / "dense", name, "shards" if name in models.SHARDED else "one file")
     with caplog.at_level(logging.WARNING, "upcycle"):
         converted = conversions.run(options(source, tmp_path / "moe", router_order=order))
-    assert "the files hold another head" in caplog.text
+    assert "config.json ties the head to the embedding" in caplog.text
+    assert "what is written says tie_word_embeddings=false" in caplog.text
     assert HEAD not in converted.plan.dropped
     expected = logits(source)
     assert difference(logits(converted.directory), expected) < TOLERANCE[order]

@@ -15,7 +15,7 @@ from upcycle.plan.coverage import check_coverage
 from upcycle.plan.parts import Beside, Constant, DropNeurons, Normal, Take, Whole, numel, taken
 
 RESIZABLE = sorted(set(models.MODELS) - {"qwen3_one_head", "phi3_longrope"})  # these fix the size of a head
-WITH_HEAD_DIM = ("llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text", "nemotron")
+WITH_HEAD_DIM = ("llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text", "nemotron", "nemotron_h")
 INITS = ("virtual_group", "copy", "drop", "noise", "random")
 
 
@@ -26,7 +26,12 @@ def requests(draw, inits=INITS):
     family = models.MODELS[name]["model_type"]
     granularity, width = draw(st.integers(1, 6)), draw(st.integers(1, 5))
     sizes = {"num_hidden_layers": draw(st.integers(1, 4)), "hidden_size": 8 * draw(st.integers(1, 3))}
-    sizes["n_inner" if family == "gpt2" else "intermediate_size"] = granularity * width
+    if family == "nemotron_h":
+        kinds = draw(st.permutations(["*", "-", *draw(st.lists(st.sampled_from("M*-"), max_size=3))]))
+        sizes |= {"hybrid_override_pattern": "".join(kinds), "num_hidden_layers": len(kinds)}
+    neurons = draw(st.one_of(st.none(), st.just("all"), st.integers(1, 7)))
+    alone = neurons if isinstance(neurons, int) else 0
+    sizes["n_inner" if family == "gpt2" else "intermediate_size"] = granularity * width + alone
     if family != "gpt2":
         sizes["num_key_value_heads"] = draw(st.sampled_from([1, 2]))
         sizes["num_attention_heads"] = sizes["num_key_value_heads"] * draw(st.sampled_from([1, 2]))
@@ -34,13 +39,15 @@ def requests(draw, inits=INITS):
         sizes["head_dim"] = 2 * draw(st.integers(1, 4))
     model = described(name, **sizes)
     groups = draw(st.integers(1, 3))
+    orders = ROUTER_ORDERS if granularity == 1 else (*ROUTER_ORDERS, "sigmoid_topk", "auto")
     request = {
         "granularity": granularity,
         "expansion": draw(st.integers(groups, 4)),
         "top_k": groups * granularity,
-        "shared_experts": draw(st.integers(0, 2 * granularity + 1)),
-        "layers": draw(st.lists(st.integers(0, model.layers - 1), min_size=1, unique=True)),
-        "router_order": draw(st.sampled_from(ROUTER_ORDERS)),
+        "shared_experts": 0 if neurons else draw(st.integers(0, 2 * granularity + 1)),
+        "shared_neurons": neurons,
+        "layers": draw(st.lists(st.integers(0, len(model.ffn_layers) - 1), min_size=1, unique=True)),
+        "router_order": draw(st.sampled_from(orders)),
         "init": draw(st.sampled_from(inits)),
         "target": draw(st.sampled_from(["auto", "upcycled_moe"])),
     }
@@ -84,29 +91,30 @@ def test_every_source_element_is_used_or_its_tensor_dropped(case):
 
 @given(requests(inits=("virtual_group", "copy")))
 def test_shares_of_routed_and_shared_experts_add_up_to_one_ffn(case):
-    """For every shard: the routed copies' share, and the shared ones' behind their sigmoid, are one FFN together."""
+    """For every neuron: the routed copies' share, and the shared ones' behind their sigmoid, are one FFN together."""
     model, request = case
     plan = planned(model, **request)
     for layer in plan.moe.layers:
         routed, shared = shares(plan, model, layer)
-        width = model.ffn_width // plan.moe.granularity
-        for shard in range(plan.moe.granularity):
-            (share,) = routed[shard * width]
-            assert share + sum(shared[shard * width]) == pytest.approx(1.0)
+        for neuron in range(model.ffn_width):
+            share = [*routed[neuron], *shared[neuron]]
+            assert len(routed[neuron]) <= 1
+            assert sum(share) == pytest.approx(1.0)
 
 
 def shares(plan, model, layer):
-    """By first neuron of a shard: what its down matrix contributes, in units of the dense FFN's."""
+    """By neuron: what each different copy of its column of the down matrix contributes, in units of the dense FFN's."""
     routed, shared = defaultdict(set), defaultdict(list)
     gate = 0.5 if plan.target == "qwen2_moe" else 1.0
     source = model.ffn_tensor(layer, "down")
     for tensor in plan.tensors:
         for part in tensor.parts:
             for take in taken(part):
-                if take.source == source and tensor.kind == "expert":
-                    routed[take.cols[0]].add(take.factor / plan.scaling[layer].matrix["down"])
-                elif take.source == source and tensor.kind == "shared":
-                    shared[take.cols[0]].append(take.factor * gate)
+                for neuron in range(*take.cols) if take.source == source else ():
+                    if tensor.kind == "expert":
+                        routed[neuron].add(take.factor / plan.scaling[layer].matrix["down"])
+                    elif tensor.kind == "shared":
+                        shared[neuron].append(take.factor * gate)
     return routed, shared
 
 
@@ -159,6 +167,8 @@ def test_mutated_plan_is_rejected(mutant, case, choice):
     # Nor is a head that repeats the embedding for engines.
     kept = [t for t in plan.tensors if t.kind != "copy"]
     from_source = [t for t in kept if any(isinstance(part, Whole) or taken(part) for part in t.parts)]
+    if plan.moe.shared == "whole":  # what is the shared expert's and the routed ones' is not lost with either
+        from_source = [t for t in from_source if t.kind == "backbone" or (t.kind == "shared" and "down" in t.name)]
     candidates = from_source if mutant == "a tensor dropped" else [t for t in plan.tensors if t.parts]
     tensor = candidates[choice % len(candidates)]
     index, part = plan.tensors.index(tensor), choice % len(tensor.parts)

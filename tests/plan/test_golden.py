@@ -12,12 +12,15 @@ from pathlib import Path
 import models
 import pytest
 from conversions import options
+from transformers import AutoConfig
 
 from upcycle.convert.prepare import prepare
 from upcycle.convert.render import plan_json
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SHARED = ("llama", "gemma", "gpt2")  # planned with a shared expert and in one layer only
+
+OWN_ORDER = ("nemotron_h",)  # planned as the family's own mixture
 
 
 def plan_of(name, source):
@@ -26,9 +29,13 @@ def plan_of(name, source):
     Nor the fingerprint, which hashes the config; tests/arch/test_targets.py shows that the dense config is kept whole.
     """
     changes = {"shared_experts": 1, "layers": [1]} if name in SHARED else {}
+    changes |= {"router_order": "auto"} if name in OWN_ORDER else {}
     plan = plan_json(prepare(options(source, "output", **changes), execute=False))
     del plan["disk_free"], plan["effort"], plan["fingerprint"], plan["source"]["given"]
     plan["config"].pop("text_config", None)
+    if name in OWN_ORDER:
+        before = AutoConfig.from_pretrained(source).to_dict()
+        plan["config"] = {field: value for field, value in plan["config"].items() if before.get(field) != value}
     return json.loads(json.dumps(plan))
 
 

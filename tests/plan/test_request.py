@@ -14,6 +14,7 @@ from upcycle.errors import ConfigError
 from upcycle.plan.request import check_init, moe_layers, moe_shape
 
 WIDTH, LAYERS = 96, range(6)
+SIGMOID = {"router_order": "sigmoid_topk"}
 
 
 def shape(**changes):
@@ -33,6 +34,20 @@ def shape(**changes):
         ({"expansion": 2.5}, "expansion 2.5 * granularity 2 = 5 experts", "set moe.expansion to 2 or 3"),
         ({"expansion": 0.5}, "expansion 0.5 * granularity 2 = 1 experts", "set moe.expansion to 1"),
         ({"router_order": "softmax"}, "softmax", "did you mean"),
+        ({"granularity": 8, "top_k": 6, **SIGMOID}, "top_k 6 % granularity 8 = 6", "set moe.top_k to 8, or take"),
+        ({"expansion": 2.5, **SIGMOID}, "expansion 2.5 * granularity 2 = 5 experts", "set moe.expansion to 2 or 3"),
+        ({"top_k": 1, "granularity": 1, **SIGMOID}, "moe.router_order=sigmoid_topk, moe.top_k=1", "set moe.top_k to 2"),
+        (
+            {"top_k": 1, "granularity": 1, "expansion": 1, **SIGMOID},
+            "moe.router_order=sig",
+            "set moe.router_order=soft",
+        ),
+        ({"shared_neurons": 1}, "d_ff 96 - shared_neurons 1 % granularity 2 = 1", "set moe.granularity to 1 or 5"),
+        (
+            {"shared_neurons": 6, "granularity": 4, "top_k": 4},
+            "d_ff 96 - shared_neurons 6 % granularity 4 = 2",
+            "set moe.granularity to 3 or 5",
+        ),
     ],
 )
 def test_impossible_shape_names_the_nearest(changes, found, remedy):
@@ -50,6 +65,13 @@ def test_impossible_shape_names_the_nearest(changes, found, remedy):
         ({"expansion": 0}, "moe.expansion"),
         ({"expansion": -1}, "moe.expansion"),
         ({"shared_experts": -1}, "moe.shared_experts"),
+        ({"shared_neurons": 0}, "moe.shared_neurons"),
+        ({"shared_neurons": -1}, "moe.shared_neurons"),
+        ({"shared_neurons": 96}, "moe.shared_neurons"),
+        ({"shared_neurons": 0.5}, "moe.shared_neurons"),
+        ({"shared_neurons": True}, "moe.shared_neurons"),
+        ({"shared_neurons": "some"}, "moe.shared_neurons"),
+        ({"shared_neurons": "all", "shared_experts": 1}, "moe.shared_experts and moe.shared_neurons both"),
         ({"layers": "some"}, "moe.layers"),
         ({"layers": "every_0"}, "moe.layers"),
         ({"layers": "every_7"}, "moe.layers"),
@@ -103,6 +125,8 @@ def test_bad_init_is_refused(changes, message):
 )
 def test_layers(asked, layers):
     assert moe_layers(asked, LAYERS) == layers
+    among_others = [10 + 3 * layer for layer in LAYERS]
+    assert moe_layers(asked, among_others) == tuple(among_others[layer] for layer in layers)
 
 
 @given(

@@ -45,4 +45,5 @@ def routing(*routers: Router, **balance: Any) -> Routing:
 def description(model_type: str = "upcycled_moe", **changes: Any) -> Any:
     """What the options are checked against; a MoeDescription has more fields, which nothing here reads."""
     sizes = {"experts": 8, "top_k": 4, "granularity": 2, "router_order": "softmax_topk", "groups": "free"}
+    sizes["limits"] = (1, 1)
     return SimpleNamespace(target=TARGETS[model_type], model_type=model_type, **sizes | changes)

@@ -27,6 +27,7 @@ from upcycle.convert.part import Part, parse_part
 from upcycle.convert.prepare import Conversion, prepare
 from upcycle.convert.workers import OnBytes, ShardWork, write_in_processes
 from upcycle.errors import ConfigError, OutputError, SourceError
+from upcycle.files.json import tagged
 from upcycle.models.manifest import MANIFEST
 from upcycle.models.source import expanded
 from upcycle.models.spelling import with_old_words
@@ -65,7 +66,7 @@ def convert(config: ConvertConfig, *, on_plan: Callable[[Conversion, int], OnByt
     check_replaceable(output.resolve(), overwrite=config.overwrite)  # before a download, and before calibration
     conversion = prepare(config, execute=True)
     mine = part.of(conversion.shards) if part else conversion.shards
-    config_json = json.dumps(output_config(conversion), indent=2, sort_keys=True) + "\n"
+    config_json = json.dumps(tagged(output_config(conversion)), indent=2, sort_keys=True, allow_nan=False) + "\n"
     with (
         gathered(conversion.source.path, config_json) as beside,
         _staging(conversion, config, part) as staging,

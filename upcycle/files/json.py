@@ -90,6 +90,17 @@ def json_text(content: Any, *, indent: int) -> str:
     return json.dumps(_strict(content), indent=indent, allow_nan=False)
 
 
+def tagged(content: Any) -> Any:
+    """Content with infinities and NaN as transformers writes them in config.json, and reads them again."""
+    if isinstance(content, dict):
+        return {name: tagged(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [tagged(value) for value in content]
+    if not isinstance(content, float) or math.isfinite(content):
+        return content
+    return {"__float__": "NaN" if math.isnan(content) else "Infinity" if content > 0 else "-Infinity"}
+
+
 def _strict(content: Any) -> Any:
     if isinstance(content, dict):
         return {name: _strict(value) for name, value in content.items()}

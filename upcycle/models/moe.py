@@ -37,6 +37,7 @@ class MoeDescription:
         layer_count: number of layers, MoE or not.
         layers: indices of the MoE layers.
         experts, top_k, expert_width, shared_width: sizes.
+        limits: (n, k): experts come from the best k of n groups of neighbours (arXiv 2412.19437); (1, 1) from all.
         granularity: G, experts per virtual group; 1 where nothing says otherwise.
         groups: how experts of virtual groups are chosen, as `ExpertSelection` says; free where nothing says otherwise.
         router_order: softmax_topk, topk_softmax or sigmoid_topk.
@@ -55,6 +56,7 @@ class MoeDescription:
     top_k: int
     expert_width: int
     shared_width: int
+    limits: tuple[int, int]
     granularity: int
     groups: str
     router_order: str
@@ -150,7 +152,11 @@ def _expert_layers(family: Family, fields: Mapping[str, Any]) -> tuple[int, ...]
 
 
 def describe_config(target: Target, config: Any, manifest: dict[str, Any] | None) -> MoeDescription:
-    """Describe a MoE from its transformers configuration."""
+    """Describe a MoE from its transformers configuration.
+
+    Raises:
+        SourceError: it chooses groups of experts by their best two, and they have fewer.
+    """
     generic, text = target.generic, config.get_text_config()
     layers = text.num_hidden_layers
     dense = set(getattr(config, "mlp_only_layers", None) or ())
@@ -176,6 +182,7 @@ def describe_config(target: Target, config: Any, manifest: dict[str, Any] | None
         top_k=config.num_experts_per_tok,
         expert_width=getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
         shared_width=next((own[name] for name in shared if name in own), 0),
+        limits=_limits(config),
         granularity=config.granularity if generic else made.get("granularity", 1),
         groups=config.groups if generic else made.get("groups", "free"),
         router_order=_order(target, config, renormalised=renormalised),
@@ -187,12 +194,34 @@ def describe_config(target: Target, config: Any, manifest: dict[str, Any] | None
     )
 
 
+def _limits(config: Any) -> tuple[int, int]:
+    groups, chosen = getattr(config, "n_group", 1) or 1, getattr(config, "topk_group", 1) or 1
+    experts = getattr(config, "n_routed_experts", 0)
+    if groups > 1 and (experts % groups or experts // groups < 2):
+        raise SourceError(
+            "config.json divides the experts into groups that have no two best experts to be chosen by",
+            found=f"n_group={groups}, {experts} experts",
+            expected="groups of equal size, of 2 experts or more",
+            remedy="set n_group and topk_group to 1 in config.json to choose among all experts",
+        )
+    return groups, min(chosen, groups)
+
+
 def _order(target: Target, config: Any, *, renormalised: bool) -> str:
     if target.generic:
         return str(config.router_order)
     if target.router_orders == ("sigmoid_topk",):
         return "sigmoid_topk"
     return "topk_softmax" if renormalised else "softmax_topk"
+
+
+def _could_be_mixtures(text: Any) -> int:
+    """How many layers have an FFN, or experts in the place of one."""
+    family, layers = FAMILIES.get(text.model_type), int(text.num_hidden_layers)
+    if family is None:
+        return layers
+    kinds = (family.kinds[kind] for kind in family.layer_kinds(text.to_dict(), layers))
+    return sum(bool(kind.ffn or kind.experts) for kind in kinds)
 
 
 def config_features(target: Target, config: Any, *, portable: bool) -> Features:
@@ -202,7 +231,7 @@ def config_features(target: Target, config: Any, *, portable: bool) -> Features:
     return Features(
         router_order=moe.router_order,
         shared=moe.shared_width > 0,
-        dense_layers=len(moe.layers) < moe.layer_count,
+        dense_layers=len(moe.layers) < _could_be_mixtures(text),
         windows=window_kind(layer_windows(text)),
         attention_bias="qkv" if getattr(text, "qkv_bias", False) else optional_bias(text),
         rope=rope_type(text),

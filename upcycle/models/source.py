@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 FLOATING = ("F64", "F32", "BF16", "F16")
 EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+QUANTISED = "hf_quant_config.json"  # ModelOpt's, beside a config.json that says nothing of it
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 _log = logging.getLogger("upcycle")
 
@@ -157,6 +158,14 @@ def open_source(given: str, *, need_weights: bool = True) -> DenseSource:
             path,
         )
         config.tie_word_embeddings = False
+    if config.tie_word_embeddings and not model.family.ties_embeddings:
+        _log.warning(
+            "%s: config.json ties the head to the embedding, which transformers never does for %s; what is written says "
+            "tie_word_embeddings=false",
+            path,
+            model.family.model_type,
+        )
+        config.tie_word_embeddings = False
     buffers = tuple(sorted(set(shapes) - set(stored.values())))
     return DenseSource(given=given, path=path, model=model, reader=reader, stored=stored, buffers=buffers)
 
@@ -199,7 +208,7 @@ def _download(hub_id: str, *, need_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["config.json", "*.index.json", *HUB, *(WEIGHTS if need_weights else ())]
+    patterns = ["config.json", QUANTISED, "*.index.json", *HUB, *(WEIGHTS if need_weights else ())]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -212,6 +221,13 @@ def _download(hub_id: str, *, need_weights: bool) -> Path:
 
 def _directory_config(path: Path) -> Any:
     _check_raw(read_config(path))
+    if (path / QUANTISED).exists():
+        raise SourceError(
+            "the source is quantised",
+            found=str(path / QUANTISED),
+            expected="float32, bfloat16 or float16 weights",
+            remedy="take the model that was quantised",
+        )
     return load_config(path)
 
 

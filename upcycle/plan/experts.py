@@ -102,7 +102,10 @@ class FfnParts:
         """A bias of every routed expert in order: [width] for gate and up, [H] for down."""
         factor = self.scaling.bias[role] * (1 - self._shared_bias_share() if role == "down" else 1.0)
         for expert in range(self.moe.experts):
-            yield self._bias(role, self._neurons(role, expert % self.moe.granularity), factor)
+            if factor:
+                yield self._bias(role, self._neurons(role, expert % self.moe.granularity), factor)
+            else:
+                yield Constant(numel=self.model.hidden_size)
 
     def shared(self, role: Role) -> Iterator[Part]:
         """A matrix of the shared expert; made of copies, it is shards 0, 1, … in turn."""

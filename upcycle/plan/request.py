@@ -65,12 +65,21 @@ def moe_shape(
             remedy=f"set moe.top_k to {nearest(config.top_k, multiples)}, or take init=copy or init=random",
         )
     groups = check_groups(config.groups, init, expansion=expansion, granularity=config.granularity, top_k=config.top_k)
+    router_order = next((each for each in ROUTER_ORDERS if each == config.router_order), order)
+    if router_order == "sigmoid_topk" and config.top_k == 1:
+        more = "set moe.top_k to 2 or more, or " if experts > 1 else "set "
+        raise ConfigError(
+            "sigmoid_topk divides the weight of one selected expert by itself: it is always 1, and no router learns",
+            found=f"moe.router_order={config.router_order}, moe.top_k=1",
+            expected="a top_k of 2 or more",
+            remedy=f"{more}moe.router_order=softmax_topk with target=auto",
+        )
     return MoeShape(
         expansion=expansion,
         granularity=config.granularity,
         expert_width=width,
         top_k=config.top_k,
-        router_order=next((each for each in ROUTER_ORDERS if each == config.router_order), order),
+        router_order=router_order,
         shared=shared,
         shared_width=config.shared_experts * width if shared == "copies" else shared_width,
         layers=moe_layers(config.layers, layers),
@@ -114,6 +123,13 @@ def moe_layers(request: object, layers: Sequence[int]) -> tuple[int, ...]:
     Raises:
         ConfigError: a form that is none of these, or an index that the model does not have.
     """
+    if not layers:
+        raise ConfigError(
+            "no layer of the model has an FFN, so none can become a mixture of experts",
+            found="0 layers with an FFN",
+            expected="1 or more",
+            remedy="take another model",
+        )
     expected = f"all, every_2 (or another number), or a list of indices from 0 to {len(layers) - 1}"
     if request == "all":
         return tuple(layers)

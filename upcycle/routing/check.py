@@ -110,6 +110,13 @@ def _check_experts(moe: MoeDescription, router: RouterConfig) -> None:
             "top_k must be between 1 and the number of experts",
             found=f"top_k={moe.top_k} of {moe.experts} experts",
         )
+    if moe.limits[0] > moe.limits[1]:
+        raise ConfigError(
+            "the checkpoint chooses a token's experts from some groups of neighbours, which training does not do",
+            found=f"n_group={moe.limits[0]}, topk_group={moe.limits[1]} in config.json",
+            expected="n_group=1, or topk_group=n_group",
+            remedy="set n_group and topk_group to 1 in config.json to choose among all experts from now on",
+        )
     _check_ways(moe, router.release.then if router.release else None)
 
 

@@ -75,6 +75,18 @@ def symbols(config: Any) -> dict[str, int]:
 
 
 def backbone(config: Any) -> Backbone:
+    """Describe what is not an FFN.
+
+    Raises:
+        SourceError: no layer is attention, without which transformers cannot run the model.
+    """
+    if "*" not in pattern(config.to_dict()):
+        raise SourceError(
+            "the model has no attention layer, and transformers' cache for this architecture needs one",
+            found="".join(pattern(config.to_dict())),
+            expected="at least one layer of kind * (attention)",
+            remedy="take a model with attention: none of this kind can be run, and so none be verified",
+        )
     return Backbone(windows=(0,) * config.num_hidden_layers, extras=("Mamba-2", "one sub-block a layer"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from upcycle.arch.families.nemotron_h import FAMILY, LETTERS, pattern
@@ -20,7 +21,7 @@ TODAY = {letter: names[0] for letter, names in LETTERS.items()}
 def fields(model: DenseModel, moe: MoeShape) -> dict[str, Any]:
     kinds = ("E" if layer in moe.layers else kind for layer, kind in enumerate(model.pattern))
     return {
-        **{name: value for name, value in model.config.to_dict().items() if name not in REPLACED},
+        **_storable({name: value for name, value in model.config.to_dict().items() if name not in REPLACED}),
         "layers_block_type": [TODAY[kind] for kind in kinds],
         "n_routed_experts": moe.experts,
         "num_experts_per_tok": moe.top_k,
@@ -34,11 +35,17 @@ def fields(model: DenseModel, moe: MoeShape) -> dict[str, Any]:
     }
 
 
+def _storable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields without a limit of time steps that is none: JSON has no infinity, and engines read numbers there."""
+    bounds = config.get("time_step_limit") or ()
+    limited = all(isinstance(bound, int | float) and math.isfinite(bound) for bound in bounds)
+    return {name: value for name, value in config.items() if name != "time_step_limit" or limited}
+
+
 def spelling(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json as NVIDIA writes it, which every engine reads: patterns of letters for lists of names."""
     lists = ("layers_block_type", "mtp_layers_block_type")
-    written = {name: value for name, value in config.items() if name not in lists}
-    written.pop("time_step_limit", None)  # infinity is no JSON, and nothing reads it
+    written = {name: value for name, value in _storable(config).items() if name not in lists}
     letters = "".join(pattern(config))
     if config.get("num_nextn_predict_layers") and config.get("mtp_layers_block_type"):
         ahead = pattern({"layers_block_type": config["mtp_layers_block_type"]})

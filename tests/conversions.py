@@ -18,7 +18,7 @@ from upcycle.plan.groups import settled
 from upcycle.plan.plan import build_plan
 from upcycle.plan.request import moe_shape
 from upcycle.plan.scaling import expected_mass
-from upcycle.plan.select import select_target
+from upcycle.plan.select import own_order, select_target
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -105,7 +105,8 @@ def described(name: str, **changes: Any) -> DenseModel:
 def planned(model: DenseModel, **changes: Any) -> Plan:
     """The plan for a model of which only the config is there."""
     request = options("source", "output", **changes)
-    moe = moe_shape(request.moe, request.init, ffn_width=model.ffn_width, layers=model.ffn_layers)
+    sizes: dict[str, Any] = {"ffn_width": model.ffn_width, "layers": model.ffn_layers}
+    moe = moe_shape(request.moe, request.init, **sizes, order=own_order(model.family.model_type))
     target, why = select_target(request.target, model, moe, portable=request.portable)
     moe = settled(moe, request.init, target)
     dtypes, masses = dict.fromkeys(model.tensors(), "F32"), dict.fromkeys(moe.layers, expected_mass(moe))

@@ -43,7 +43,9 @@ def test_ffn_tensors_are_where_the_matrices_are(name):
     for role in model.family.ffn.roles:
         into, out = (models.WIDTH, models.HIDDEN) if role == "down" else (models.HIDDEN, models.WIDTH)
         rows = 2 * out if fused and role != "down" else out
-        assert model.tensors()[model.ffn_tensor(model.ffn_layers[-1], role)] == ((into, rows) if transposed else (rows, into))
+        assert model.tensors()[model.ffn_tensor(model.ffn_layers[-1], role)] == (
+            (into, rows) if transposed else (rows, into)
+        )
 
 
 @pytest.mark.parametrize(

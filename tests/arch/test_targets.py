@@ -80,7 +80,12 @@ CHOICES = [
 
 REFUSALS = [
     ("llama", SOFTMAX | {"target": "mixtral"}, ["router order is softmax_topk"], ["qwen2_moe", "upcycled_moe"]),
-    ("llama", TOPK | SHARED | {"target": "mixtral"}, ["shared experts is of width 12"], ["qwen2_moe", "granitemoeshared"]),
+    (
+        "llama",
+        TOPK | SHARED | {"target": "mixtral"},
+        ["shared experts is of width 12"],
+        ["qwen2_moe", "granitemoeshared"],
+    ),
     ("llama", TOPK | SOME_LAYERS | {"target": "mixtral"}, ["dense layers is some"], ["qwen2_moe"]),
     (
         "llama_biases",

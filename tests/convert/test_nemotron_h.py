@@ -1,4 +1,4 @@
-"""A dense Nemotron-H as its family's own mixture: what plain transformers computes, what is stored, what is rejected."""
+"""A dense Nemotron-H as its family's own mixture: what transformers computes, what is stored, what is rejected."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ def test_it_computes_what_the_dense_model_computes(shape, std, shared, source, e
     assert_lossless(done.directory, expected, TOLERANCE)
 
 
-@pytest.mark.parametrize("changes", [{"layers": [1]}, {"layers": "every_2"}, {"shared_experts": 3}, {"scaling": "down"}])
+@pytest.mark.parametrize(
+    "changes", [{"layers": [1]}, {"layers": "every_2"}, {"shared_experts": 3}, {"scaling": "down"}]
+)
 def test_nor_does_another_request_change_it(changes, source, expected, tmp_path):
     done = conversions.run(options(source, tmp_path / "moe", **asked(**changes)))
     assert (done.plan.target, done.plan.losses) == ("nemotron_h", ())

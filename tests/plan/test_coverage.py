@@ -159,7 +159,7 @@ def shifted(part):
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 @given(case=requests(inits=("virtual_group",)), choice=st.integers(0, 10**6))
-@settings(max_examples=30)
+@settings(max_examples=50)
 def test_mutated_plan_is_rejected(mutant, case, choice):
     model, request = case
     plan = planned(model, **request | {"expansion": 1, "top_k": request["granularity"], "shared_experts": 0})
@@ -170,9 +170,21 @@ def test_mutated_plan_is_rejected(mutant, case, choice):
     if plan.moe.shared == "whole":  # what is the shared expert's and the routed ones' is not lost with either
         from_source = [t for t in from_source if t.kind == "backbone" or (t.kind == "shared" and "down" in t.name)]
     candidates = from_source if mutant == "a tensor dropped" else [t for t in plan.tensors if t.parts]
-    tensor = candidates[choice % len(candidates)]
+    kinds = sorted({tensor.kind for tensor in candidates})  # most are of the backbone
+    candidates = [tensor for tensor in candidates if tensor.kind == kinds[choice % len(kinds)]]
+    tensor = candidates[choice // len(kinds) % len(candidates)]
     index, part = plan.tensors.index(tensor), choice % len(tensor.parts)
     mutated = replace(plan, tensors=tuple(MUTANTS[mutant](list(plan.tensors), index, part)))
     check_coverage(plan.tensors, model.tensors(), dropped=plan.dropped)
     with pytest.raises(AssertionError, match="not taken over exactly|produced|planned twice"):
         check_coverage(mutated.tensors, model.tensors(), dropped=mutated.dropped)
+
+
+def test_an_expert_that_is_shifted_beside_the_whole_ffn_is_rejected():
+    """The shared expert has every neuron, which does not excuse the routed ones."""
+    model = described("nemotron_h")
+    plan = planned(model, router_order="auto", shared_neurons="all")
+    index = next(index for index, tensor in enumerate(plan.tensors) if tensor.kind == "expert")
+    mutated = MUTANTS["rows shifted"](list(plan.tensors), index, 0)
+    with pytest.raises(AssertionError, match="not taken over exactly"):
+        check_coverage(mutated, model.tensors(), dropped={})

@@ -32,6 +32,9 @@ def look(directory: Path) -> dict[str, object]:
         ("olmo2", {}),
         ("gpt2", {"shared_experts": 2}),
         ("gemma2", {"layers": [1]}),
+        ("nemotron_h", {"router_order": "auto"}),
+        ("nemotron_h_runs", {"router_order": "auto", "shared_neurons": 4}),
+        ("nemotron_h_biases", {"router_order": "auto"}),
     ],
 )
 def test_shape_provenance_and_similarity(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import conversions
+import models
 import pytest
 import torch
 from rich.console import Console
@@ -50,6 +51,22 @@ def test_a_lossless_conversion_passes(text_model: Path, tmp_path: Path, target: 
     assert report["top1_agreement"] > 0.95
     assert report["whole_ffns"] == 1.0
     assert [layer["layer"] for layer in report["layers"]] == [0, 1]
+
+
+@pytest.mark.parametrize("target", ["nemotron_h", "upcycled_moe"])
+@pytest.mark.parametrize("neurons", [None, 4, "all"])
+def test_a_lossless_conversion_of_a_hybrid_passes(target: str, neurons: object, tmp_path: Path) -> None:
+    """Its MoE layers are two of four, each the whole of a layer's mixer."""
+    source = models.save(models.build("nemotron_h"), tmp_path / "dense")
+    models.tokenizer().save_pretrained(source)
+    request = conversions.options(
+        source, tmp_path / "moe", target=target, router_order="auto", shared_neurons=neurons, top_k=4
+    )
+    report = verify(options(source, conversions.run(request).directory))
+    assert report["passed"]
+    assert report["max_ffn_relative_error"] < 1e-5
+    assert report["whole_ffns"] == 1.0
+    assert [layer["layer"] for layer in report["layers"]] == [1, 3]
 
 
 def test_the_dense_loss_is_that_of_plain_transformers(text_model: Path, text_moe: Path) -> None:

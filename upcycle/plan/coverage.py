@@ -37,8 +37,10 @@ def check_coverage(tensors: Sequence[TargetTensor], source: Mapping[str, Shape],
     covered = {part.source for part in parts if isinstance(part, Whole)} | set(dropped)
     takes = _takes(parts)
     shared = _takes(part for tensor in tensors if tensor.kind == "shared" for part in tensor.parts)
+    routed = _takes(part for tensor in tensors if tensor.kind == "expert" for part in tensor.parts)
     for name, shape in source.items():
-        exact = name in covered or _tile(takes[name], shape) or _tile(shared[name], shape)
+        both = _tile(shared[name], shape) and (not routed[name] or _tile(routed[name], shape))
+        exact = name in covered or _tile(takes[name], shape) or both
         assert exact, f"{name} {shape}: not taken over exactly"
 
 

@@ -255,10 +255,6 @@ RULES = (
         )
         for engine in ENGINES
     ),
-    *(
-        Rule(engine=engine, types=("nemotron_h",), verdict="unmeasured", why="mixtures of dense Nemotron-H models")
-        for engine in ENGINES
-    ),
 )
 
 

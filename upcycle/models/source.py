@@ -160,8 +160,8 @@ def open_source(given: str, *, need_weights: bool = True) -> DenseSource:
         config.tie_word_embeddings = False
     if config.tie_word_embeddings and not model.family.ties_embeddings:
         _log.warning(
-            "%s: config.json ties the head to the embedding, which transformers never does for %s; what is written says "
-            "tie_word_embeddings=false",
+            "%s: config.json ties the head to the embedding, which transformers never does for %s; "
+            "what is written says tie_word_embeddings=false",
             path,
             model.family.model_type,
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra import compose, initialize_config_dir
+from lightning.pytorch import Callback
 
 from upcycle.options.arguments import CONF, typed_options
 from upcycle.train.config import TrainConfig
@@ -16,13 +17,27 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from lightning.pytorch import Callback
-
     from upcycle.train.prepared import Run
 
 SMALL_MOE = ("moe.expansion=2", "moe.granularity=2", "moe.top_k=2")
 # What differs between two runs that did the same.
 TIMES = ("time", "train/step_seconds", "train/tokens_per_second")
+
+
+class At(Callback):
+    """Does something after so many optimizer steps."""
+
+    def __init__(self, step: int, action: Any) -> None:
+        self._step, self._action = step, action
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self._step:
+            self._step = -1
+            self._action()
+
+
+def fail() -> None:
+    raise RuntimeError("pulled the plug")
 
 
 def overrides(text: Path) -> list[str]:

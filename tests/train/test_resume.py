@@ -11,13 +11,11 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import training
 from ended import Ended
-from lightning.pytorch import Callback
 
 from upcycle.data.order import PositionSampler
 from upcycle.errors import ConfigError, OutputError
@@ -42,24 +40,8 @@ STATEFUL = (
 )
 
 
-class At(Callback):
-    """Does something after so many optimizer steps."""
-
-    def __init__(self, step: int, action: Any) -> None:
-        self._step, self._action = step, action
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == self._step:
-            self._step = -1
-            self._action()
-
-
 def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def fail() -> None:
-    raise RuntimeError("pulled the plug")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +62,7 @@ def assert_same(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("step", [1, 3, 4, 6])
 def test_sigterm_saves_and_resumes(text: Path, text_model: Path, whole: Path, tmp_path: Path, step: int) -> None:
     config = training.options(text, tmp_path / "run", *STATEFUL, f"source='{text_model}'", "resume=auto")
-    training.run(config, [At(step, terminate)])
+    training.run(config, [training.At(step, terminate)])
     assert training.checkpoint(tmp_path / "run")["global_step"] == step
     training.run(config)
     assert_same(tmp_path / "run", whole)
@@ -102,7 +84,7 @@ def test_groups_resume(text: Path, text_model: Path, tmp_path: Path, groups: str
     training.run(training.options(text, tmp_path / "whole", *given))
     config = training.options(text, tmp_path / "run", *given, "resume=auto")
     for step in (2, 3, 4) if "released" in groups else (3,):
-        training.run(config, [At(step, terminate)])
+        training.run(config, [training.At(step, terminate)])
     training.run(config)
     assert_same(tmp_path / "run", tmp_path / "whole")
 
@@ -116,7 +98,7 @@ def test_another_way_to_choose_is_refused_by_name(text: Path, text_model: Path, 
 def test_a_crash_resumes_from_the_last_checkpoint(text: Path, text_model: Path, whole: Path, tmp_path: Path) -> None:
     config = training.options(text, tmp_path / "run", *STATEFUL, f"source='{text_model}'", "resume=auto")
     with pytest.raises(RuntimeError, match="pulled the plug"):
-        training.run(config, [At(5, fail)])
+        training.run(config, [training.At(5, training.fail)])
     assert training.checkpoint(tmp_path / "run")["global_step"] == 3
     training.run(config)
     assert_same(tmp_path / "run", whole)
@@ -127,7 +109,7 @@ def test_a_wrong_position_in_the_data_is_noticed(
 ) -> None:
     """The mutant: a run that starts the data again when it is resumed."""
     config = training.options(text, tmp_path / "run", *STATEFUL, f"source='{text_model}'", "resume=auto")
-    training.run(config, [At(4, terminate)])
+    training.run(config, [training.At(4, terminate)])
     monkeypatch.setattr(
         fit, "PositionSampler", lambda order, **options: PositionSampler(order, **{**options, "start": 0})
     )
@@ -207,7 +189,7 @@ def test_other_options_are_refused_by_name(text: Path, text_model: Path, whole: 
 
 def test_overwrite_starts_again(text: Path, text_model: Path, whole: Path, tmp_path: Path) -> None:
     config = training.options(text, tmp_path / "run", *STATEFUL, f"source='{text_model}'", "overwrite=true")
-    training.run(config, [At(3, terminate)])
+    training.run(config, [training.At(3, terminate)])
     training.run(config)
     assert_same(tmp_path / "run", whole)
 

@@ -106,7 +106,9 @@ def _leave_ahead(model: PreTrainedModel) -> None:
     """Say of a model what holds once it is loaded: that it has no layers for multi-token prediction."""
     config: Any = model.config
     family = FAMILIES.get(config.model_type)
-    if family and family.ahead and getattr(config, family.ahead.depths, 0):
+    if family is None or family.ahead is None:
+        return
+    if getattr(config, family.ahead.depths, 0):
         _log.warning("layers for multi-token prediction are not trained, and what is exported has none")
         setattr(config, family.ahead.depths, 0)
 

@@ -57,6 +57,11 @@ def ahead_pattern(fields: Mapping[str, Any]) -> tuple[str, ...]:
     return pattern({"hybrid_override_pattern": text, "layers_block_type": names})
 
 
+def ahead_as_model(fields: Mapping[str, Any]) -> dict[str, Any]:
+    names = [LETTERS[letter][0] for letter in ahead_pattern(fields)]
+    return {**fields, "layers_block_type": names, "num_nextn_predict_layers": 0}
+
+
 def symbols(config: Any) -> dict[str, int]:
     """Sizes of a Mamba-2 layer, and of a mixture of experts.
 
@@ -152,6 +157,7 @@ FAMILY = Family(
         layer="mtp.layers.{layer}.",
         depths="num_nextn_predict_layers",
         pattern=ahead_pattern,
+        as_model=ahead_as_model,
         first={"enorm.weight": "H", "hnorm.weight": "H", "eh_proj.weight": "H 2*H"},
         last={"final_layernorm.weight": "H"},
     ),

@@ -1,0 +1,139 @@
+"""Layers that predict the tokens after the next one (multi-token prediction), which transformers does not run.
+
+One block of layers is applied once for every further token (as in Nemotron 3, arXiv 2512.20856; DeepSeek-V3, arXiv
+2412.19437, has a block for each).
+
+Shapes: B sequences, L tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from upcycle.arch.families import FAMILIES
+from upcycle.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from transformers import PreTrainedModel
+
+    from upcycle.arch.family import Family
+
+NAME = "mtp"
+
+
+class AheadBlock(nn.Module):
+    """The layers of one depth, under the names that published checkpoints give them.
+
+    Args:
+        config: transformers configuration of the model that they belong to.
+
+    Raises:
+        ConfigError: its family has no such layers.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        from transformers import AutoConfig, AutoModel
+
+        family = ahead_family(config)
+        fields = {name: value for name, value in config.to_dict().items() if name not in ("dtype", "architectures")}
+        assert family.ahead
+        alone = AutoConfig.for_model(**{"model_type": family.model_type, **family.ahead.as_model(fields)})
+        trunk: Any = AutoModel.from_config(alone, dtype=torch.float32)
+        trunk.set_input_embeddings(nn.Identity())
+        norm = final_norm(family, trunk)
+        self.layers = trunk.layers
+        hidden = config.hidden_size
+        self.layers[0].enorm, self.layers[0].hnorm = deepcopy(norm), deepcopy(norm)
+        self.layers[0].eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
+        nn.init.normal_(self.layers[0].eh_proj.weight, std=config.initializer_range)
+        self.layers[-1].final_layernorm = norm
+        self._trunk = [trunk]  # in a list: its modules are already this one's
+
+    def forward(self, hidden_BLH: Tensor, embedded_BLH: Tensor) -> Tensor:
+        """What predicts the token after the one that is embedded, to be read by the model's own head.
+
+        Args:
+            hidden_BLH: the model's output before its head, or this block's for the token before.
+            embedded_BLH: the embedding of the next token.
+        """
+        first = self.layers[0]
+        both = torch.cat([first.enorm(embedded_BLH), first.hnorm(hidden_BLH)], dim=-1)
+        output: Tensor = self._trunk[0](inputs_embeds=first.eh_proj(both), use_cache=False).last_hidden_state
+        return output
+
+    @torch.no_grad()
+    def start_from(self, model: nn.Module) -> None:
+        """Start as the model's last layers of the same kinds, with the model's output as the block's input.
+
+        Raises:
+            ConfigError: the model has no layer of a kind that the block has.
+        """
+        config: Any = model.config
+        family = ahead_family(config)
+        assert family.ahead
+        kinds = family.layer_kinds(config.to_dict(), 0)
+        base: Any = model.get_submodule(family.in_memory(family.base_prefix).rstrip("."))
+        for layer, kind in zip(self.layers, family.ahead.pattern(config.to_dict()), strict=True):
+            if kind not in kinds:
+                raise ConfigError(
+                    "mtp.start=copy needs a layer of every kind that the block has",
+                    found=f"{kind} in {''.join(kinds)}",
+                    remedy="set mtp.start=random",
+                )
+            last = len(kinds) - 1 - kinds[::-1].index(kind)
+            layer.load_state_dict(base.layers[last].state_dict(), strict=False)
+        self.layers[-1].final_layernorm.load_state_dict(final_norm(family, base).state_dict())
+        hidden = config.hidden_size
+        self.layers[0].eh_proj.weight.copy_(torch.cat([torch.zeros(hidden, hidden), torch.eye(hidden)], dim=1))
+
+    @torch.no_grad()
+    def fill(self, stored: Mapping[str, Tensor]) -> None:
+        """Take over stored tensors, by their names after the prefix; routed experts may be stored one by one."""
+        for name, parameter in self.layers.state_dict().items():
+            parameter.copy_(stored[name] if name in stored else torch.stack(list(_one_by_one(stored, name))))
+
+
+def ahead_family(config: Any) -> Family:
+    """The family of a configuration, which has layers for multi-token prediction.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None or family.ahead is None:
+        known = sorted(name for name, each in FAMILIES.items() if each.ahead)
+        raise ConfigError(
+            "this type has no layers for multi-token prediction",
+            found=f"model_type={config.model_type}",
+            expected=", ".join(known),
+            remedy="set mtp=null",
+        )
+    return family
+
+
+def final_norm(family: Family, base: Any) -> nn.Module:
+    """The norm behind the last layer of a model without its head."""
+    name = next(name for name, symbols in family.outer.items() if symbols == "H")
+    norm: nn.Module = getattr(base, name.split(".")[-2])
+    return norm
+
+
+def _one_by_one(stored: Mapping[str, Tensor], stacked: str) -> Iterator[Tensor]:
+    stem, _, matrix = stacked.rpartition(".")
+    expert = 0
+    while (name := f"{stem}.{expert}.{matrix}.weight") in stored:
+        yield stored[name]
+        expert += 1
+
+
+def ahead_block(model: PreTrainedModel) -> AheadBlock | None:
+    """The block of a model that has one."""
+    block = getattr(model, NAME, None)
+    return block if isinstance(block, AheadBlock) else None

@@ -23,7 +23,7 @@ test: $(VENV)/developing $(VENV)/megatron ## lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	MEGATRON_PACKAGES=$(abspath $(VENV))/megatron $(BIN)/python -m pytest -n 2 --dist loadfile
+	MEGATRON_PACKAGES=$(abspath $(VENV))/megatron $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 quick: $(VENV)/developing ## the tests that take seconds
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"

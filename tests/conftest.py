@@ -22,6 +22,12 @@ settings.load_profile("busy machine")
 torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other on a busy machine cost seconds
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that no process is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keeps the token caches of commands that tests start out of the user's home."""

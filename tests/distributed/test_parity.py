@@ -49,6 +49,8 @@ TYPES = {
     "groups_tied": (*GROUPED, "moe.groups=tied"),
     "groups_whole": (*GROUPED, "moe.groups=whole"),
     "groups_positions": (*GROUPED, "moe.groups=positions", "balance.bias_update=0.001"),
+    "hybrid": (*UPCYCLE, "balance.bias_update=0.001"),
+    "hybrid_dense": ("model=dense",),
     "groups_released": (*GROUPED, "moe.groups=whole", "router.release={until: 0.5, then: positions}"),
 }
 HOLDING = [kind for kind in TYPES if kind.startswith("groups_")]
@@ -57,6 +59,7 @@ CASES = [(kind, layout) for kind in MAIN_TYPES for layout in MAIN_LAYOUTS]
 CASES += [(kind, layout) for kind in ("shared", "tied") for layout in ("fsdp2 x ep2", "fsdp2 x tp2 x ep4")]
 CASES += [(kind, layout) for kind in ("qwen2_moe", "upcycled_moe") for layout in ("fsdp4 x ep2", "fsdp2 x tp2 x ep2")]
 CASES += [(kind, layout) for kind in HOLDING for layout in ("fsdp2 x ep2", "fsdp2 x tp2 x ep4")]
+CASES += [("hybrid", layout) for layout in ("fsdp2", "fsdp2 x ep2")] + [("hybrid_dense", "fsdp2")]
 MUTANTS = {
     "loads of one rank": "fsdp2 x ep2",
     "clipping by one rank's norm": "fsdp2 x ep2",
@@ -99,10 +102,12 @@ def sources(text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     )
     models.save(olmoe, place / "olmoe")
     tied = models.save(models.build("llama_tied", vocab_size=300), place / "tied")
+    hybrid = models.save(models.build("nemotron_h", vocab_size=300), place / "hybrid")
     for file in text_model.glob("tokenizer*"):
-        for directory in (qwen3, place / "olmoe", tied):
+        for directory in (qwen3, place / "olmoe", tied, hybrid):
             (directory / file.name).write_bytes(file.read_bytes())
-    return {name: text_model for name in TYPES} | {"qwen3_moe": qwen3, "olmoe": place / "olmoe", "tied": tied}
+    own = {"qwen3_moe": qwen3, "olmoe": place / "olmoe", "tied": tied, "hybrid": hybrid, "hybrid_dense": hybrid}
+    return {name: text_model for name in TYPES} | own
 
 
 @pytest.fixture(scope="session")

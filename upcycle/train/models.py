@@ -269,14 +269,17 @@ def conversion_request(config: TrainConfig) -> ConvertConfig:
 
 def dense_shards(source: DenseSource, moe: MoeDescription, request: ConvertConfig) -> Conversion:
     """The conversion to one group of unscaled experts: expert g is shard g of the dense FFN."""
-    granularity = moe.granularity
+    granularity, dense = moe.granularity, source.model
+    part = dense.ffn_width - granularity * moe.expert_width
     one_group = replace(
         request.moe,
         expansion=1,
         granularity=granularity,
         top_k=granularity,
+        router_order="softmax_topk",
         shared_experts=0,
-        layers=list(moe.layers),
+        shared_neurons=part or None,
+        layers=[dense.ffn_layers.index(layer) for layer in moe.layers],
         groups="free",
     )
     init = replace(request.init, name="virtual_group", scaling="none")

@@ -63,6 +63,19 @@ def test_resumed_exactly_and_exported(arm: str, hybrid: Path, text: Path, tmp_pa
     assert conversions.load(tmp_path / "out").config.num_hidden_layers == 4
 
 
+@pytest.mark.parametrize("shared", ["null", "8", "all"])
+def test_experts_start_as_shards_of_the_layer_that_is_named(
+    shared: str, hybrid: Path, text: Path, tmp_path: Path
+) -> None:
+    """moe.layers counts layers with an FFN: 1 is the last one; and a part of its FFN may be the shared expert's."""
+    arm = (*given(hybrid, "upcycle"), "moe.layers=[1]", f"moe.shared_neurons={shared}", "metrics=dense")
+    training.run(training.options(text, tmp_path / "run", *arm))
+    first = next(row for row in training.rows(tmp_path / "run") if "moe/dense_cosine" in row)
+    cosines = first["moe/layer_3/dense_cosine"]
+    assert len(cosines) == 8
+    assert cosines == pytest.approx([0.5 if shared == "all" else 1.0] * 8, abs=1e-5)
+
+
 def test_biases_move_by_group_while_groups_hold(hybrid: Path, text: Path, tmp_path: Path) -> None:
     moved = {}
     for per in ("group", "expert"):

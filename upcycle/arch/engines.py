@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from upcycle.arch.backbone import rope_type, window_kind
+from upcycle.arch.head import REWARD
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,6 +43,7 @@ class Features:
         rope: kind of rotary scaling, as config.json has it.
         tied: whether the head is the embedding.
         portable: whether the type's `Padding` is written.
+        reward: whether its head gives scores and not logits.
     """
 
     router_order: str
@@ -53,6 +55,7 @@ class Features:
     rope: str
     tied: bool
     portable: bool
+    reward: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +96,16 @@ WITH_TRANSFORMERS = "--model-impl transformers serves it exactly"
 
 # In the order in which they are met: what does not load computes nothing.
 RULES = (
+    *(
+        Rule(
+            engine=engine,
+            types=("mixtral", "qwen2_moe", "qwen3_moe"),
+            when={"reward": True},
+            verdict="unmeasured",
+            why="a head that gives scores",
+        )
+        for engine in ENGINES
+    ),
     Rule(engine="vLLM", types=("upcycled_moe",), verdict="refuses", why="it has no such type"),
     Rule(
         engine="vLLM",
@@ -270,6 +283,7 @@ def features(model: DenseModel, moe: MoeShape, *, portable: bool) -> Features:
         rope=rope_type(model.config),
         tied=model.tied,
         portable=portable,
+        reward=model.head is REWARD,
     )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from upcycle.arch.head import CAUSAL
 from upcycle.errors import SourceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from upcycle.arch.backbone import Backbone
+    from upcycle.arch.head import Head
 
 Role = Literal["gate", "up", "down"]
 Mixer = Literal["attention", "mamba2"]
@@ -110,7 +112,8 @@ class Family:
     """A dense architecture as data.
 
     Shapes are products of symbols: H hidden size, F FFN width, V vocabulary, Q all query heads, K all key heads,
-    D one head, P positions, and those of `more_symbols`; "3*H" and sums such as "Q+2*K" are allowed.
+    D one head, P positions, L attributes of a reward head, and those of `more_symbols`; "3*H" and sums such as
+    "Q+2*K" are allowed.
 
     Attributes:
         model_type: transformers' name.
@@ -179,6 +182,7 @@ class DenseModel:
         sizes: the symbols' values.
         backbone: everything but the FFNs, in the terms of MoE types.
         pattern: the kind of every layer.
+        head: what follows the last layer.
     """
 
     family: Family
@@ -186,6 +190,7 @@ class DenseModel:
     sizes: Mapping[str, int]
     backbone: Backbone
     pattern: tuple[str, ...]
+    head: Head = CAUSAL
 
     @property
     def layers(self) -> int:
@@ -221,7 +226,7 @@ class DenseModel:
 
     @property
     def tied(self) -> bool:
-        return self.family.ties_embeddings and bool(self.config.tie_word_embeddings)
+        return self.head.ties and self.family.ties_embeddings and bool(self.config.tie_word_embeddings)
 
     def flag(self, name: str | bool) -> bool:
         return name if isinstance(name, bool) else bool(getattr(self.config, name, False))
@@ -305,7 +310,7 @@ class DenseModel:
     def outer_shapes(self) -> dict[str, Shape]:
         shapes = {name: self.shape(symbols) for name, symbols in self.family.outer.items()}
         if not self.tied:
-            shapes["lm_head.weight"] = (self.sizes["V"], self.hidden_size)
+            shapes[self.head.tensor] = self.shape(self.head.shape)
         return shapes
 
     def tensors(self) -> dict[str, Shape]:
@@ -317,7 +322,7 @@ class DenseModel:
         return {**shapes, **self.ahead_shapes()}
 
 
-def describe(family: Family, config: Any) -> DenseModel:
+def describe(family: Family, config: Any, head: Head = CAUSAL) -> DenseModel:
     """Fill a family's symbols from a transformers configuration.
 
     Raises:
@@ -325,16 +330,17 @@ def describe(family: Family, config: Any) -> DenseModel:
     """
     try:
         hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
-        head = int(getattr(config, "head_dim", None) or hidden // heads)
+        head_size = int(getattr(config, "head_dim", None) or hidden // heads)
         inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
         sizes = {
             "H": hidden,
             "F": int(inner),
             "V": int(config.vocab_size),
-            "D": head,
-            "Q": heads * head,
-            "K": int(getattr(config, "num_key_value_heads", None) or heads) * head,
+            "D": head_size,
+            "Q": heads * head_size,
+            "K": int(getattr(config, "num_key_value_heads", None) or heads) * head_size,
             "P": int(config.max_position_embeddings),
+            "L": int(config.num_labels),
             **family.symbols(config),
         }
     except (AttributeError, TypeError) as error:
@@ -342,4 +348,5 @@ def describe(family: Family, config: Any) -> DenseModel:
             "config.json lacks a size that the model needs", found=error, remedy="take a complete config.json"
         ) from error
     pattern = family.layer_kinds(config.to_dict(), config.num_hidden_layers)
-    return DenseModel(family=family, config=config, sizes=sizes, backbone=family.backbone(config), pattern=pattern)
+    backbone = family.backbone(config)
+    return DenseModel(family=family, config=config, sizes=sizes, backbone=backbone, pattern=pattern, head=head)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from upcycle.arch.backbone import window_kind
+from upcycle.arch.head import CAUSAL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -73,7 +74,8 @@ class Target:
 
     Attributes:
         model_type: transformers' name.
-        architecture: transformers' class.
+        architecture: transformers' class of causal models.
+        reward: whether transformers, or this project, has a class with a reward head too.
         family: the dense family whose own mixture this is: everything but its FFNs is as there.
         norm, norm_placement, qk_norm, attention_bias: as in `Backbone`.
         windows: sliding windows: none, the same on all layers, or any mixture.
@@ -98,6 +100,7 @@ class Target:
 
     model_type: str
     architecture: str
+    reward: bool = False
     family: str | None = None
     norm: Norm = "rmsnorm"
     norm_placement: NormPlacement = "pre"
@@ -126,7 +129,9 @@ class Target:
         ahead = self._ahead_objections(model)
         if self.generic:
             return ahead
-        return (*ahead, *self._backbone_objections(model), *self._moe_objections(model, moe))
+        head = Objection(field="head", found=model.head.name, expressible=CAUSAL.name)
+        unexpressed = () if self.reward or model.head is CAUSAL else (head,)
+        return (*ahead, *unexpressed, *self._backbone_objections(model), *self._moe_objections(model, moe))
 
     def _ahead_objections(self, model: DenseModel) -> tuple[Objection, ...]:
         if self.ahead or not model.ahead_shapes():

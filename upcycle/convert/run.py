@@ -99,7 +99,7 @@ def output_config(conversion: Conversion) -> dict[str, Any]:
     widest = max(codes, key=dtype_bytes)
     return {
         **with_old_words(written, target),
-        "architectures": [target.architecture],
+        "architectures": [conversion.source.model.head.architecture(target.architecture)],
         "dtype": dtype_name(widest),
         **({"auto_map": auto_map} if auto_map else {}),
     }

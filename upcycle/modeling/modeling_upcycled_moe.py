@@ -13,11 +13,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, SequenceClassifierOutputWithPast
 from transformers.utils.generic import can_return_tuple, maybe_autocast
 
 from .configuration_upcycled_moe import UpcycledMoeConfig
@@ -139,11 +144,11 @@ class UpcycledMoeSparseMoeBlock(nn.Module):
         return F.dropout(y_TH, self.dropout, self.training).reshape(hidden_states.shape)
 
 
-class UpcycledMoeForCausalLM(PreTrainedModel, GenerationMixin):
-    """The dense causal LM that `config.text_config` describes, as `language_model`, with MoE blocks for FFNs."""
+class UpcycledMoePreTrainedModel(PreTrainedModel):
+    """The dense model that `config.text_config` describes, as `language_model`, with MoE blocks for FFNs."""
 
     config: UpcycledMoeConfig
-    _auto_class = "AutoModelForCausalLM"
+    dense_class: Any
     supports_gradient_checkpointing = True
     _keep_in_fp32_modules_strict = {"e_score_correction_bias"}
     # What the dense model cannot do, it refuses itself.
@@ -156,7 +161,7 @@ class UpcycledMoeForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         # A dense model refuses a named experts implementation; ours is read from `config`.
         config.text_config._experts_implementation = None
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
+        self.language_model = self.dense_class.from_config(config.text_config, dtype=torch.get_default_dtype())
         for layer in config.moe_layers:
             path = config.ffn_path.format(layer=layer)
             self.language_model.set_submodule(path, UpcycledMoeSparseMoeBlock(config), strict=True)
@@ -197,6 +202,13 @@ class UpcycledMoeForCausalLM(PreTrainedModel, GenerationMixin):
     def get_decoder(self) -> nn.Module:
         """Return the dense model's decoder, without its head."""
         return self.language_model.get_decoder()  # type: ignore[no-any-return]
+
+
+class UpcycledMoeForCausalLM(UpcycledMoePreTrainedModel, GenerationMixin):
+    """With the dense causal LM's head."""
+
+    _auto_class = "AutoModelForCausalLM"
+    dense_class = AutoModelForCausalLM
 
     def get_output_embeddings(self) -> nn.Module:
         """Return the dense model's head."""
@@ -284,4 +296,29 @@ class UpcycledMoeForCausalLM(PreTrainedModel, GenerationMixin):
             self.config.num_experts,
             self.config.num_experts_per_tok,
             mask,
+        )
+
+
+class UpcycledMoeForSequenceClassification(UpcycledMoePreTrainedModel):
+    """With a linear head `score` on the last token that is not padding, one score for each of `config.id2label`."""
+
+    _auto_class = "AutoModelForSequenceClassification"
+    dense_class = AutoModelForSequenceClassification
+
+    def __init__(self, config: UpcycledMoeConfig) -> None:
+        for name in ("id2label", "label2id", "problem_type"):
+            setattr(config.text_config, name, getattr(config, name))
+        super().__init__(config)
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Run the dense classifier's forward, whose arguments these are; its loss balances no experts."""
+        return self.language_model(  # type: ignore[no-any-return]
+            input_ids=input_ids, attention_mask=attention_mask, labels=labels, return_dict=True, **kwargs
         )

@@ -11,10 +11,16 @@ def register_config() -> None:
 
 
 def register_model() -> None:
-    """Let `AutoModelForCausalLM` load `upcycled_moe` checkpoints without remote code; calling it again is harmless."""
-    from transformers import AutoModelForCausalLM
+    """Let Auto classes load `upcycled_moe` checkpoints without remote code; calling it again is harmless."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from upcycle.modeling.configuration_upcycled_moe import UpcycledMoeConfig
-    from upcycle.modeling.modeling_upcycled_moe import UpcycledMoeForCausalLM
+    from upcycle.modeling.modeling_upcycled_moe import (
+        UpcycledMoeForCausalLM,
+        UpcycledMoeForSequenceClassification,
+    )
 
     AutoModelForCausalLM.register(UpcycledMoeConfig, UpcycledMoeForCausalLM, exist_ok=True)
+    AutoModelForSequenceClassification.register(
+        UpcycledMoeConfig, UpcycledMoeForSequenceClassification, exist_ok=True
+    )

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from upcycle.arch.head import NEMO_WEIGHT, REWARD, head_of
 from upcycle.errors import ConfigError, SourceError, listed
 from upcycle.files.json import check_objects
 from upcycle.models.config import load_config
+from upcycle.models.heads import auto_class, is_score
 from upcycle.options.extras import need
 
 if TYPE_CHECKING:
@@ -35,48 +37,68 @@ TOKENIZER = (
 SENTENCEPIECE = "tokenizer.model"
 
 
-def load_dense(source: DenseSource, dtype: torch.dtype = torch.float32, **layout: Any) -> PreTrainedModel:
-    """The dense model in evaluation mode; `layout` goes to transformers, where the source is a directory."""
-    from transformers import AutoModelForCausalLM
+def load_dense(
+    source: DenseSource, dtype: torch.dtype = torch.float32, *, new_head: Any = None, **layout: Any
+) -> PreTrainedModel:
+    """The dense model in evaluation mode.
 
+    Args:
+        source: the model.
+        dtype: of the weights.
+        new_head: the transformers configuration of the model with a new reward head; None keeps the head that it has.
+        layout: goes to transformers, where the source is a directory.
+    """
     model: PreTrainedModel
+    config = new_head or source.model.config
+    kind = auto_class(REWARD if new_head else source.model.head)
     if source.is_gguf:
-        model = AutoModelForCausalLM.from_config(source.model.config, dtype=dtype)
+        model = kind.from_config(config, dtype=dtype)
         model.load_state_dict({name: source.read(name) for name in source.model.tensors()}, strict=False)
         model.tie_weights()
     else:
+        # What NeMo calls the head is a name that transformers does not know.
+        names = {"key_mapping": {f"^{NEMO_WEIGHT}$": REWARD.tensor}} if NEMO_WEIGHT in source.stored.values() else {}
         with quietly():
-            config = source.model.config
-            model = from_pretrained(AutoModelForCausalLM, source.path, config=config, dtype=dtype, **layout)
+            made = {"config": config, "dtype": dtype, "fresh": bool(new_head), **names}
+            model = from_pretrained(kind, source.path, **made, **layout)
     model.eval()
     return model
 
 
-def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, **layout: Any) -> PreTrainedModel:
-    """Any causal LM in evaluation mode, a MoE with transformers' loop over experts, which takes every width.
+def load_checkpoint(
+    directory: Path, dtype: torch.dtype = torch.float32, *, new_head: Any = None, **layout: Any
+) -> PreTrainedModel:
+    """Any causal LM or reward model in evaluation mode, a MoE with transformers' loop over experts: it takes all widths.
 
     Args:
         directory: of the checkpoint.
         dtype: of the weights.
+        new_head: the transformers configuration of the model with a new reward head; None keeps the head that it has.
         layout: goes to transformers.
 
     Raises:
-        SourceError: not a causal LM, or weights that are damaged or incomplete.
+        SourceError: neither, or weights that are damaged or incomplete.
     """
-    from transformers import AutoModelForCausalLM
-
-    load_config(directory)
+    head = REWARD if new_head else head_of(load_config(directory).to_dict())
+    given = {"config": new_head, "fresh": True} if new_head else {}
     with quietly():
-        model = from_pretrained(AutoModelForCausalLM, directory, dtype=dtype, experts_implementation="eager", **layout)
+        eager = {"dtype": dtype, "experts_implementation": "eager"}
+        model = from_pretrained(auto_class(head), directory, **{**eager, **layout, **given})
     model.eval()
     return model
 
 
-def from_pretrained(kind: Any, place: Path | None, **arguments: Any) -> PreTrainedModel:
+def from_pretrained(kind: Any, place: Path | None, *, fresh: bool = False, **arguments: Any) -> PreTrainedModel:
     """Transformers' `kind.from_pretrained`, with nothing left to chance: every tensor is there, and has its shape.
 
     Where config.json ties the head to the embedding and another head is stored, transformers keeps both: the model's
     config then says so, and what is made of the model keeps them too.
+
+    Args:
+        kind: of transformers' classes.
+        place: directory; None where the tensors are given.
+        fresh: whether the reward head need not be there.
+        arguments: go to transformers.
 
     Raises:
         SourceError: weights that are damaged, incomplete, or another model's; a damaged generation_config.json.
@@ -89,11 +111,11 @@ def from_pretrained(kind: Any, place: Path | None, **arguments: Any) -> PreTrain
         raise SourceError(
             "the model cannot be loaded",
             found=f"{place}: {' '.join(str(error).split()):.300}",
-            expected="a causal language model that transformers loads",
+            expected="a causal language model, or a reward model, that transformers loads",
         ) from error
     # A tensor without elements has nothing to load; sharded, it seems to transformers to have another shape.
     shapes = {name: own for name, shape, own in info["mismatched_keys"] if math.prod(shape) and math.prod(own)}
-    missing = sorted({*info["missing_keys"], *shapes})
+    missing = sorted({name for name in (*info["missing_keys"], *shapes) if not (fresh and is_score(name))})
     if missing:
         raise SourceError(
             "the checkpoint lacks tensors",

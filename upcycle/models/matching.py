@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from upcycle.arch.head import CAUSAL, NEMO_WEIGHT, REWARD
 from upcycle.errors import SourceError, listed, near_misses
 
 if TYPE_CHECKING:
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
 
     from upcycle.arch.family import DenseModel, Shape
 
-HEAD = "lm_head.weight"
+HEAD = CAUSAL.tensor
+NAMES = {NEMO_WEIGHT: REWARD.tensor}  # what others call a tensor
 WRAPPERS = {
     "module.": "save the model inside DistributedDataParallel or DeepSpeed: model.module.save_pretrained(DIR)",
     "_orig_mod.": "save the model inside torch.compile: model._orig_mod.save_pretrained(DIR)",
@@ -39,7 +41,8 @@ def match_names(
         expected = {**expected, HEAD: (model.sizes["V"], model.hidden_size)}
     stored, unknown = {}, []
     for name in shapes:
-        canonical = name if name in expected else family.base_prefix + name
+        own = NAMES.get(name, name)
+        canonical = own if own in expected else family.base_prefix + own
         if canonical in expected:
             stored[canonical] = name
         elif not name.endswith(family.ignored):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from upcycle.arch.backbone import layer_windows, optional_bias, rope_type, window_kind
 from upcycle.arch.engines import Features
 from upcycle.arch.families import FAMILIES
+from upcycle.arch.head import REWARD, head_of
 from upcycle.arch.padding import PADDED
 from upcycle.arch.targets import TARGETS
 from upcycle.errors import SourceError
@@ -238,4 +239,5 @@ def config_features(target: Target, config: Any, *, portable: bool) -> Features:
         heads_fill=head * text.num_attention_heads == text.hidden_size,
         tied=text.tie_word_embeddings,
         portable=portable,
+        reward=head_of(config.to_dict()) is REWARD,
     )

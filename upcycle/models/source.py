@@ -14,6 +14,7 @@ import torch
 
 from upcycle.arch.families import FAMILIES
 from upcycle.arch.family import DenseModel, Shape, describe
+from upcycle.arch.head import OFFSETS, REWARD
 from upcycle.arch.targets import TARGETS
 from upcycle.checkpoint import (
     TensorReader,
@@ -28,6 +29,7 @@ from upcycle.checkpoint import (
 from upcycle.errors import ConfigError, SourceError, did_you_mean
 from upcycle.models.auxiliary import HUB
 from upcycle.models.config import load_config, read_config
+from upcycle.models.heads import head_bias, settle_reward, stored_head
 from upcycle.models.matching import HEAD, match_names
 from upcycle.models.moe import target_of
 
@@ -56,6 +58,7 @@ class DenseSource:
         stored: the model's tensor name -> the name in the files.
         buffers: names in the files of buffers that no model reads.
         left: names of tensors for multi-token prediction that are to be left out.
+        bias: name in the files of a reward head's bias, which config.json takes.
     """
 
     given: str
@@ -65,6 +68,7 @@ class DenseSource:
     stored: Mapping[str, str]
     buffers: tuple[str, ...]
     left: tuple[str, ...] = ()
+    bias: str | None = None
 
     @property
     def is_gguf(self) -> bool:
@@ -81,8 +85,9 @@ class DenseSource:
         """Stored tensors that no conversion takes over, and why."""
         tied = [HEAD] if self.model.tied and HEAD in self.stored else []
         buffers = dict.fromkeys(self.buffers, "a buffer that the model computes anew")
+        bias = {self.bias: f"in config.json, as {OFFSETS}"} if self.bias else {}
         left = dict.fromkeys(self.left, "mtp=none")
-        return {**dict.fromkeys(tied, "tied to the embedding"), **buffers, **left}
+        return {**dict.fromkeys(tied, "tied to the embedding"), **bias, **buffers, **left}
 
     def without_ahead(self) -> DenseSource:
         """The same model without its layers for multi-token prediction, which no forward pass of it uses."""
@@ -142,15 +147,14 @@ def open_source(given: str, *, need_weights: bool = True) -> DenseSource:
     """
     path = _resolve(given, need_weights=need_weights)
     config = _gguf_config(path) if path.suffix == ".gguf" else _directory_config(path)
-    model = describe(FAMILIES[config.model_type], config)
-    if need_weights or path.suffix == ".gguf" or has_weights(path):
-        reader = open_reader(path)
-        shapes: dict[str, Shape | None] = {name: info.shape for name, info in reader.tensors.items()}
-    else:
-        reader = None
-        names = read_index_names(path)
-        shapes = dict.fromkeys(names if names is not None else model.tensors())
-    stored = match_names(model, shapes, unlisted=reader.unlisted if reader else frozenset())
+    reader, shapes = _headers(path, need_weights=need_weights)
+    head = stored_head(config, shapes)
+    bias = head_bias(shapes) if head is REWARD else None
+    if head is REWARD:
+        settle_reward(config, shapes, reader.read if reader else None)
+    model = describe(FAMILIES[config.model_type], config, head)
+    own = {name: shape for name, shape in shapes.items() if name != bias} or dict.fromkeys(model.tensors())
+    stored = match_names(model, own, unlisted=reader.unlisted if reader else frozenset())
     if reader is not None and _holds_another_head(model, stored, reader):
         _log.warning(
             "%s: config.json ties the head to the embedding, and the files hold another head; both are kept, as in "
@@ -166,8 +170,16 @@ def open_source(given: str, *, need_weights: bool = True) -> DenseSource:
             model.family.model_type,
         )
         config.tie_word_embeddings = False
-    buffers = tuple(sorted(set(shapes) - set(stored.values())))
-    return DenseSource(given=given, path=path, model=model, reader=reader, stored=stored, buffers=buffers)
+    buffers = tuple(sorted(set(own) - set(stored.values())))
+    return DenseSource(given=given, path=path, model=model, reader=reader, stored=stored, buffers=buffers, bias=bias)
+
+
+def _headers(path: Path, *, need_weights: bool) -> tuple[TensorReader | None, dict[str, Shape | None]]:
+    """The reader, and the shape of every stored tensor; both empty where there are neither weights nor an index."""
+    if need_weights or path.suffix == ".gguf" or has_weights(path):
+        reader = open_reader(path)
+        return reader, {name: info.shape for name, info in reader.tensors.items()}
+    return None, dict.fromkeys(read_index_names(path) or ())
 
 
 def _holds_another_head(model: DenseModel, stored: Mapping[str, str], reader: TensorReader) -> bool:

@@ -80,7 +80,7 @@ def cost(plan: Plan, model: DenseModel, *, bytes_per_element: Mapping[str, int])
 def dense_matmul_flops(model: DenseModel) -> int:
     """Forward FLOPs per token of the dense model's matrix products with weights."""
     inside = sum(_matrix_elements(model.layer_shapes(layer).values()) for layer in range(model.layers))
-    return 2 * (inside + model.sizes["V"] * model.hidden_size)
+    return 2 * (inside + math.prod(model.shape(model.head.shape)))
 
 
 def _extra_flops(plan: Plan, model: DenseModel) -> int:

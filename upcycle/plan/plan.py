@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from upcycle.arch.engines import Serving, features, serving
+from upcycle.arch.head import head_fields
 from upcycle.arch.padding import PADDED
 from upcycle.plan.coverage import check_coverage
 from upcycle.plan.experts import router_deviation
@@ -98,7 +99,7 @@ def build_plan(
         layer: layer_scaling(init.scaling, mass=masses[layer], **ffn, field=field is not None) for layer in moe.layers
     }
     router_std = router_deviation(init, model.hidden_size)
-    config = {"model_type": target.model_type, **target.fields(model, moe)}
+    config = {"model_type": target.model_type, **target.fields(model, moe), **head_fields(model.head, model.config)}
     if field:
         config[field] = scaling[moe.layers[0]].output if in_config(init.scaling) else 1.0
     padding = target.padding if portable else None

@@ -24,6 +24,7 @@ def fields(model: DenseModel, moe: MoeShape) -> dict[str, Any]:
 TARGET = Target(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
+    reward=True,
     windows="uniform",
     router_orders=("topk_softmax",),
     layout=Layout(

@@ -32,6 +32,7 @@ def fields(model: DenseModel, moe: MoeShape) -> dict[str, Any]:
 TARGET = Target(
     model_type="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
+    reward=True,
     attention_bias=("none", "qkv"),
     windows="mixed",
     shared=True,

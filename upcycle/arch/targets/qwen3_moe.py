@@ -28,6 +28,7 @@ def fields(model: DenseModel, moe: MoeShape) -> dict[str, Any]:
 TARGET = Target(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
+    reward=True,
     qk_norm="head",
     attention_bias=("none", "qkvo"),
     windows="uniform",

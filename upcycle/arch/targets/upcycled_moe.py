@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from upcycle.arch.head import CAUSAL
 from upcycle.arch.target import OF_THE_FILE, Layout, Target
 
 if TYPE_CHECKING:
     from upcycle.arch.family import DenseModel
     from upcycle.arch.moe import MoeShape
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_upcycled_moe.UpcycledMoeConfig",
-    "AutoModelForCausalLM": "modeling_upcycled_moe.UpcycledMoeForCausalLM",
-}
+ARCHITECTURE = f"UpcycledMoe{CAUSAL.suffix}"
 
 
 def fields(model: DenseModel, moe: MoeShape) -> dict[str, Any]:
@@ -36,13 +34,17 @@ def fields(model: DenseModel, moe: MoeShape) -> dict[str, Any]:
         "granularity": moe.granularity,
         "expansion": moe.expansion,
         "groups": moe.groups,
-        "auto_map": AUTO_MAP,
+        "auto_map": {
+            "AutoConfig": "configuration_upcycled_moe.UpcycledMoeConfig",
+            model.head.auto: f"modeling_upcycled_moe.{model.head.architecture(ARCHITECTURE)}",
+        },
     }
 
 
 TARGET = Target(
     model_type="upcycled_moe",
-    architecture="UpcycledMoeForCausalLM",
+    architecture=ARCHITECTURE,
+    reward=True,
     generic=True,
     shared=True,
     dense_layers=True,

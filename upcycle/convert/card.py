@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from upcycle.arch.head import CAUSAL, OFFSETS, REWARD, attributes_of
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from upcycle.arch.engines import Serving
-    from upcycle.plan.plan import Plan
+    from upcycle.arch.head import Head
+    from upcycle.convert.prepare import Conversion
+
+PIPELINES = {CAUSAL.name: "text-generation", REWARD.name: "text-classification"}
 
 
-def model_card(manifest: Mapping[str, Any], plan: Plan, remarks: Sequence[str]) -> str:
+def model_card(manifest: Mapping[str, Any], conversion: Conversion, remarks: Sequence[str]) -> str:
     """README.md in the Hub's format.
 
     Args:
         manifest: the checkpoint's.
-        plan: what was written.
+        conversion: what was written.
         remarks: what a user of the tokenizer should know.
     """
+    plan, model = conversion.plan, conversion.source.model
     moe, cost = plan.moe, manifest["cost"]
-    remote = ", trust_remote_code=True" if plan.target == "upcycled_moe" else ""
     step_0 = "\n".join(f"- {line}" for line in plan.losses) or "- equals the dense model up to rounding"
     notes = "\n".join(f"- {line}" for line in plan.notes)
     zeros = ""
@@ -32,7 +37,7 @@ def model_card(manifest: Mapping[str, Any], plan: Plan, remarks: Sequence[str]) 
         )
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {PIPELINES[model.head.name]}
 tags: [moe, upcycling, {plan.target}]
 ---
 
@@ -55,14 +60,7 @@ tags: [moe, upcycling, {plan.target}]
 
 `equivalence.json`, once `upcycle verify` has run, holds the measurement.
 
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY"{remote})
-tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")
-```
+{_use(model.head, attributes_of(model.config), plan.target)}
 {_listed(remarks)}
 {_engines(plan.serving)}
 
@@ -80,6 +78,8 @@ def trained_card(
     manifest: Mapping[str, Any],
     *,
     model_type: str,
+    head: Head,
+    attributes: Sequence[str],
     parameters: int,
     zeros: int,
     served: Sequence[Serving],
@@ -90,6 +90,8 @@ def trained_card(
     Args:
         manifest: the checkpoint's, with its training record.
         model_type: of transformers.
+        head: the model's.
+        attributes: what a reward head scores.
         parameters: of the model, as it was trained.
         zeros: parameters beside these, for other engines.
         served: what other engines do with a MoE; empty for a dense model.
@@ -104,12 +106,11 @@ def trained_card(
         "upcycle": f"`{config['source']}`, upcycled with {config['init']['name']}, scaling {config['init']['scaling']}",
     }[config["model"]]
     results = "\n".join(f"| {name} | {value:,.6g} |" for name, value in summary.items())
-    remote = ", trust_remote_code=True" if model_type == "upcycled_moe" else ""
     schedule, batch = config["schedule"], config["batch"]
     engines = f"\n{_engines(served)}\n" if served else ""
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {PIPELINES[head.name]}
 tags: [upcycling, {model_type}]
 ---
 
@@ -124,17 +125,27 @@ tags: [upcycling, {model_type}]
 | seed | {config["seed"]} |
 {results}
 
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY"{remote})
-tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")
-```
+{_use(head, attributes, model_type)}
 {_listed(remarks)}{engines}
 Trained by `upcycle train`; `upcycle_manifest.json` holds every option. The licences of source model and data apply.
 """
+
+
+def _use(head: Head, attributes: Sequence[str], model_type: str) -> str:
+    remote = ", trust_remote_code=True" if model_type == "upcycled_moe" else ""
+    scores = ""
+    if head is REWARD:
+        scores = f"""
+`model(**tokenizer(text, return_tensors="pt")).logits` are scores, in this order: {", ".join(attributes)}; where
+config.json has `{OFFSETS}`, they are added to them."""
+    return f"""## Use
+
+```python
+from transformers import {head.auto}, AutoTokenizer
+
+model = {head.auto}.from_pretrained("THIS_DIRECTORY"{remote})
+tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")
+```{scores}"""
 
 
 def _listed(remarks: Sequence[str]) -> str:

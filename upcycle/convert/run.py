@@ -176,7 +176,7 @@ def _write_beside(conversion: Conversion, manifest: str, config_json: str, besid
         staging.write_text("model.safetensors.index.json", index_json(conversion.shards))
     staging.write_text(MANIFEST, manifest)
     staging.write_text("config.json", config_json)
-    staging.write_text("README.md", model_card(json.loads(manifest), conversion.plan, beside.remarks))
+    staging.write_text("README.md", model_card(json.loads(manifest), conversion, beside.remarks))
     beside.stage(staging, conversion.plan.target)
 
 

@@ -26,6 +26,7 @@ from upcycle.init.rng import generator
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from torch import nn
     from transformers import PreTrainedModel
 
     from upcycle.arch.family import Shape
@@ -160,10 +161,15 @@ def is_score(name: str) -> bool:
     return name == SCORE or name.endswith(f".{SCORE}")
 
 
+def score_module(model: PreTrainedModel) -> nn.Module:
+    """A reward model's head."""
+    return next(module for name, module in model.named_modules() if is_score(f"{name}.weight"))
+
+
 @torch.no_grad()
 def draw_head(model: PreTrainedModel, *, seed: int) -> None:
     """Draw a reward model's head anew, as normal as all its matrices at their start, by the seed alone."""
-    weight = next(value for name, value in model.named_parameters() if is_score(name))
+    weight = score_module(model).get_parameter("weight")
     std = model.config.get_text_config().initializer_range
     rows, columns = weight.shape
     values = torch.cat(list(normal(rows, columns, std=std, repeat=1, values=generator(seed, SCORE))))

@@ -48,8 +48,6 @@ def without_padding(directory: Path, target: Target) -> Any:
 
 def with_padding(model: PreTrainedModel, target: Target) -> PreTrainedModel:
     """A model with the weights of `model`, its type's padding and a head of its own. It is for writing alone."""
-    from transformers import AutoModelForCausalLM
-
     if target.padding is None:
         return model
     config = type(model.config).from_dict(model.config.to_dict())
@@ -57,7 +55,7 @@ def with_padding(model: PreTrainedModel, target: Target) -> PreTrainedModel:
         setattr(config, name, value)
     config.tie_word_embeddings = False
     with torch.device("meta"):
-        padded: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+        padded: PreTrainedModel = type(model)._from_config(config, dtype=model.dtype)
     own = model.state_dict()
     values = {name: _fitting(own.get(name), like) for name, like in padded.state_dict().items()}
     gates = [name for name in values if target.layout.shared_gate and name.endswith(target.layout.shared_gate)]
@@ -65,7 +63,8 @@ def with_padding(model: PreTrainedModel, target: Target) -> PreTrainedModel:
         if not values[name].any():
             smallest = ALMOST_ZERO_IN_FLOAT16 if model.dtype == torch.float16 else ALMOST_ZERO
             values[name] = torch.full_like(values[name], smallest)
-    values[target.padding.head] = values[target.padding.head].clone()  # what shares memory is not written twice
+    if target.padding.head in values:
+        values[target.padding.head] = values[target.padding.head].clone()  # what shares memory is not written twice
     padded.load_state_dict(values, assign=True)
     return padded
 

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from upcycle.arch.engines import Serving, serving
+from upcycle.arch.head import attributes_of, head_of
 from upcycle.arch.targets import TARGETS
 from upcycle.checkpoint import Staging
 from upcycle.convert.beside import gathered
@@ -19,7 +20,8 @@ from upcycle.convert.card import trained_card
 from upcycle.convert.prepare import check_apart
 from upcycle.errors import ConfigError, OutputError
 from upcycle.models.auxiliary import GENERATION_CONFIG
-from upcycle.models.config import load_config
+from upcycle.models.config import load_config, read_config
+from upcycle.models.heads import auto_class
 from upcycle.models.load import quietly
 from upcycle.models.manifest import FORMAT, MANIFEST
 from upcycle.models.moe import config_features, describe_config, regrouped, target_of
@@ -91,6 +93,8 @@ def export(config: ExportConfig, *, more: Mapping[str, str] | None = None) -> Pa
             card = trained_card(
                 manifest,
                 model_type=model.config.model_type,
+                head=head_of(model.config.to_dict()),
+                attributes=attributes_of(model.config),
                 parameters=model.num_parameters(),
                 zeros=_stored(written) - _stored(model),
                 served=_served(target, model, portable=config.portable) if target else (),
@@ -130,10 +134,9 @@ def exported_config(
 def _model(
     description: Path, trained: TrainConfig, manifest: dict[str, Any], state: dict[str, torch.Tensor], groups: str
 ) -> tuple[PreTrainedModel, MoeDescription | None]:
-    from transformers import AutoModelForCausalLM
-
     exported, moe = exported_config(description, trained, manifest, groups)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(exported, dtype=torch.float32)
+    kind = auto_class(head_of(exported.to_dict()))
+    model: PreTrainedModel = kind.from_config(exported, dtype=torch.float32)
     model.load_state_dict(state)
     model.eval()
     return model, moe
@@ -176,10 +179,9 @@ def _check_loads(
     directory: Path, written: PreTrainedModel, model: PreTrainedModel, trained: Mapping[str, torch.Tensor]
 ) -> None:
     """Check that every tensor was kept as training left it, and that plain transformers loads what was written."""
-    from transformers import AutoModelForCausalLM
-
     dtype = model.dtype
-    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).state_dict()
+    kind = auto_class(head_of(read_config(directory)))
+    loaded = kind.from_pretrained(directory, dtype=dtype).state_dict()
     kept = model.state_dict()
     differing = [
         *(name for name, value in trained.items() if not torch.equal(kept[name], value.to(kept[name].dtype))),

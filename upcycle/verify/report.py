@@ -58,11 +58,7 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
     text = report["text"]
     rows = [
         ("text", f"{text['file']}, {text['tokens']} tokens, float32"),
-        ("dense loss", f"{report['dense_loss']:.5f} nats per token"),
-        ("MoE loss", f"{report['moe_loss']:.5f} nats per token"),
-        ("gap", f"{_percent(report['loss_gap'])} (tolerance {100 * report['tolerance']:g} %)"),
-        ("KL(dense || MoE)", f"{report['kl']:.3e} nats per token"),
-        ("same top-1 token", f"{100 * report['top1_agreement']:.2f} %"),
+        *_outputs(report),
         ("whole FFNs", f"{100 * report['whole_ffns']:.3f} % of routed tokens"),
         ("FFN output error", _most(report)),
     ]
@@ -71,6 +67,23 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
     lines = [f"expected: {line}" for line in report["expected_losses"] or ()]
     lines.append("equivalent" if report["passed"] else "NOT equivalent: the gap is over the tolerance")
     return Group(table, _layer_table(report), *map(Text, lines))
+
+
+def _outputs(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    tolerance = f"(tolerance {100 * report['tolerance']:g} %)"
+    if "score_gap" in report:
+        return [
+            ("dense scores", f"{report['score_rms']:.5f}, root mean square"),
+            ("error", f"{report['score_rms_error']:.3e} root mean square, {report['score_max_error']:.3e} at most"),
+            ("gap", f"{_percent(report['score_gap'])} of the scores' mean square {tolerance}"),
+        ]
+    return [
+        ("dense loss", f"{report['dense_loss']:.5f} nats per token"),
+        ("MoE loss", f"{report['moe_loss']:.5f} nats per token"),
+        ("gap", f"{_percent(report['loss_gap'])} {tolerance}"),
+        ("KL(dense || MoE)", f"{report['kl']:.3e} nats per token"),
+        ("same top-1 token", f"{100 * report['top1_agreement']:.2f} %"),
+    ]
 
 
 def _layer_table(report: Mapping[str, Any]) -> Table:
@@ -108,6 +121,7 @@ def _figure(report: Mapping[str, Any], file: Path) -> None:
         axes.set_yscale("log")
     axes.set_xlabel("layer")
     axes.set_ylabel("relative error of the FFN block's output")
-    axes.set_title(f"{report['name']} ({report['model_type']}): loss gap {_percent(report['loss_gap'])}")
+    gap = "score_gap" if "score_gap" in report else "loss_gap"
+    axes.set_title(f"{report['name']} ({report['model_type']}): gap {_percent(report[gap])}")
     axes.grid(visible=True, which="both", alpha=0.3)
     figure.savefig(file, format="png", dpi=120)

@@ -1,4 +1,4 @@
-"""Dense against MoE on real text: losses, distributions, every FFN block's output, whole FFNs."""
+"""Dense against MoE on real text: what they give, every FFN block's output, whole FFNs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from upcycle.checkpoint import sha256_file
+from upcycle.arch.head import head_of
 from upcycle.errors import ConfigError, SourceError
+from upcycle.models.config import read_config
 from upcycle.models.load import ffn_modules, load_checkpoint, load_dense
 from upcycle.models.manifest import read_manifest
 from upcycle.models.moe import MoeDescription, describe_moe
@@ -21,6 +22,7 @@ from upcycle.models.source import open_source
 from upcycle.models.text import DEFAULT_TEXT, sample_tokens
 from upcycle.routing.ratios import ratio
 from upcycle.routing.statistics import whole_ffns
+from upcycle.verify.outputs import outputs_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -28,8 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from upcycle.options.config import VerifyConfig
-
-ROWS_AT_ONCE = 256
+    from upcycle.verify.outputs import Outputs
 
 
 @dataclass(kw_only=True)
@@ -37,19 +38,10 @@ class Sums:
     """Sums over tokens.
 
     Attributes:
-        tokens: predicted tokens.
-        dense_loss, moe_loss: negative log-likelihood in nats.
-        kl: KL(dense || MoE) of the next-token distributions in nats.
-        agreed: tokens with the same most likely continuation.
         error, norm: by layer, squared norms of the FFN output's difference and of the dense FFN's output.
         routed, whole: by layer, tokens routed, and those whose selected experts make whole FFNs.
     """
 
-    tokens: int = 0
-    dense_loss: float = 0.0
-    moe_loss: float = 0.0
-    kl: float = 0.0
-    agreed: int = 0
     error: dict[int, float] = field(default_factory=dict)
     norm: dict[int, float] = field(default_factory=dict)
     routed: dict[int, int] = field(default_factory=dict)
@@ -67,7 +59,9 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
         config: the options.
 
     Returns:
-        The report as plain data; `passed` says whether |MoE loss - dense loss| <= tolerance * dense loss.
+        The report as plain data; `passed` says whether |MoE loss - dense loss| <= tolerance * dense loss, or of reward
+        models whether the mean square of MoE scores - dense scores is <= tolerance * that of the dense scores, over all
+        positions.
 
     Raises:
         UpcycleError: a source, a checkpoint or a text that cannot be used.
@@ -86,41 +80,44 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
             expected=f"{source.model.layers} layers, vocabulary {vocabulary}",
             remedy="give the source that the MoE's upcycle_manifest.json names",
         )
+    head = source.model.head
+    if head_of(read_config(directory)) is not head:
+        raise SourceError(
+            "the MoE and the dense model have different heads",
+            found=f"architectures={read_config(directory).get('architectures')}",
+            expected=f"a {head.name} head, as the dense model has",
+            remedy="give the source that the MoE's upcycle_manifest.json names",
+        )
     file = Path(config.text).expanduser() if config.text else DEFAULT_TEXT
     ids = sample_tokens(source, tokens=config.tokens, file=file)
     length = min(config.sequence_length, source.model.sizes["P"])
     if length < 2:
         raise ConfigError("the model has too few positions to predict a token", found=length, expected="at least 2")
-    sums = Sums()
+    sums, outputs = Sums(), outputs_of(head)
     dense_model, moe_model = load_dense(source), load_checkpoint(directory)
     with torch.inference_mode():
         for chunk in ids.split(length):
             if len(chunk) > 1:
-                _measure(chunk[None], dense_model, moe_model, source.model.ffn_module(), moe, sums)
-    return _report(config, moe, sums, file, len(ids), read_manifest(directory))
+                _measure(chunk[None], dense_model, moe_model, source.model.ffn_module(), moe, sums, outputs)
+    return _report(config, moe, sums, outputs, file, len(ids), read_manifest(directory))
 
 
 def _measure(
-    ids: Tensor, dense: PreTrainedModel, model: PreTrainedModel, ffn_path: str, moe: MoeDescription, sums: Sums
+    ids: Tensor,
+    dense: PreTrainedModel,
+    model: PreTrainedModel,
+    ffn_path: str,
+    moe: MoeDescription,
+    sums: Sums,
+    outputs: Outputs,
 ) -> None:
     blocks = {layer: moe_block(model, moe, layer) for layer in moe.layers}
     with _compare_ffns(ffn_modules(dense, ffn_path, moe.layers), blocks, sums):
-        dense_logits = dense(input_ids=ids).logits[0, :-1]
+        of_dense = outputs.of(dense, ids)
     routers = {layer: reduce(getattr, moe.router_path(layer).split("."), model) for layer in moe.layers}
     with _count_whole(routers, moe, sums):
-        moe_logits = model(input_ids=ids).logits[0, :-1]
-    for rows in range(0, len(dense_logits), ROWS_AT_ONCE):
-        part = slice(rows, rows + ROWS_AT_ONCE)
-        _compare_logits(dense_logits[part], moe_logits[part], ids[0, 1:][part], sums)
-
-
-def _compare_logits(dense: Tensor, moe: Tensor, targets: Tensor, sums: Sums) -> None:
-    log_dense, log_moe = dense.double().log_softmax(-1), moe.double().log_softmax(-1)
-    sums.tokens += len(targets)
-    sums.dense_loss += float(F.nll_loss(log_dense, targets, reduction="sum"))
-    sums.moe_loss += float(F.nll_loss(log_moe, targets, reduction="sum"))
-    sums.kl += float(F.kl_div(log_moe, log_dense, log_target=True, reduction="sum"))
-    sums.agreed += int((log_dense.argmax(-1) == log_moe.argmax(-1)).sum())
+        of_moe = outputs.of(model, ids)
+    outputs.compare(of_dense, of_moe, ids)
 
 
 def moe_block(model: nn.Module, moe: MoeDescription, layer: int) -> list[nn.Module]:
@@ -168,9 +165,14 @@ def _hooks(hooks: Mapping[nn.Module, Any]) -> Iterator[None]:
 
 
 def _report(
-    config: VerifyConfig, moe: MoeDescription, sums: Sums, file: Path, tokens: int, manifest: Mapping[str, Any] | None
+    config: VerifyConfig,
+    moe: MoeDescription,
+    sums: Sums,
+    outputs: Outputs,
+    file: Path,
+    tokens: int,
+    manifest: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    dense_loss, moe_loss = sums.dense_loss / sums.tokens, sums.moe_loss / sums.tokens
     errors = {layer: ratio(sums.error[layer] ** 0.5, sums.norm[layer] ** 0.5) for layer in moe.layers}
     known = [error for error in errors.values() if error is not None]
     layers = [
@@ -188,15 +190,10 @@ def _report(
         "name": moe.name,
         "text": {"file": file.name, "sha256": sha256_file(file), "tokens": tokens},
         "dtype": "float32",
-        "dense_loss": dense_loss,
-        "moe_loss": moe_loss,
-        "loss_gap": ratio(moe_loss - dense_loss, dense_loss),
-        "kl": sums.kl / sums.tokens,
-        "top1_agreement": sums.agreed / sums.tokens,
+        **outputs.found(config.tolerance),
         "whole_ffns": sum(sums.whole.values()) / sum(sums.routed.values()),
         "max_ffn_relative_error": max(known) if len(known) == len(errors) else None,
         "layers": layers,
         "expected_losses": manifest["losses"] if manifest else None,
         "tolerance": config.tolerance,
-        "passed": abs(moe_loss - dense_loss) <= config.tolerance * dense_loss,
     }

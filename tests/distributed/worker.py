@@ -36,6 +36,7 @@ from upcycle.train import module
 from upcycle.train.config import TrainConfig
 from upcycle.train.device import device_of
 from upcycle.train.models import start_model
+from upcycle.train.objectives import causal_lm
 from upcycle.train.run import train
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def _full_disk(patch: pytest.MonkeyPatch) -> None:
 
 def _bad_loss(patch: pytest.MonkeyPatch) -> None:
     if os.environ["RANK"] == "1":
-        patch.setattr(module, "token_loss", lambda logits, _labels: logits.mean() * float("nan"))
+        patch.setattr(causal_lm, "token_loss", lambda logits, _labels: logits.mean() * float("nan"))
 
 
 def _bad_embedding(patch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from upcycle.data.corpus import build_corpus
 from upcycle.errors import TrainingError
 from upcycle.init.rng import derived_seed
 from upcycle.train.models import start_model
-from upcycle.train.module import token_loss
+from upcycle.train.objectives.causal_lm import token_loss
 from upcycle.train.optim import adamw
 from upcycle.train.schedule import learning_rate
 
@@ -114,7 +114,7 @@ def test_distillation_pulls_to_the_teacher(text: Path, text_model: Path, tmp_pat
         logits = run.module.model(**inputs).logits
         log_p, log_q = ((each.flatten(0, 1) / 2).log_softmax(-1) for each in (teacher(**inputs).logits, logits))
         by_hand = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-        torch.testing.assert_close(run.module._distillation(logits, inputs), by_hand, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(run.module.objective.distillation(logits, inputs), by_hand, rtol=1e-5, atol=1e-6)
 
 
 def test_a_scheduled_bias_starts_at_its_start(text: Path, text_model: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from upcycle.train.optim import parameter_groups
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from upcycle.train.models import Start
+    from upcycle.train.start import Start
 
 pytest_plugins = ("text_model",)
 

@@ -133,19 +133,23 @@ Trained by `upcycle train`; `upcycle_manifest.json` holds every option. The lice
 
 def _use(head: Head, attributes: Sequence[str], model_type: str) -> str:
     remote = ", trust_remote_code=True" if model_type == "upcycled_moe" else ""
-    scores = ""
+    torch, scores, after = "", "", ""
     if head is REWARD:
-        scores = f"""
-`model(**tokenizer(text, return_tensors="pt")).logits` are scores, in this order: {", ".join(attributes)}; where
-config.json has `{OFFSETS}`, they are added to them."""
+        torch = "import torch\n"
+        scores = """
+ids = [*tokenizer("A TEXT", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+scores = model(torch.tensor([ids])).logits[0]"""
+        after = f"""
+
+The scores are, in this order: {", ".join(attributes)}. Where config.json has `{OFFSETS}`, they are added to them."""
     return f"""## Use
 
 ```python
-from transformers import {head.auto}, AutoTokenizer
+{torch}from transformers import {head.auto}, AutoTokenizer
 
 model = {head.auto}.from_pretrained("THIS_DIRECTORY"{remote})
-tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")
-```{scores}"""
+tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY"){scores}
+```{after}"""
 
 
 def _listed(remarks: Sequence[str]) -> str:

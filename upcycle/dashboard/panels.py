@@ -75,6 +75,13 @@ SECTIONS = (
         ),
     ),
     Section(
+        title="Scores of attributes",
+        panels=(
+            Panel(title="Held-out squared error", metric="val/mse"),
+            Panel(title="Training squared error", metric="train/mse"),
+        ),
+    ),
+    Section(
         title="Expert load",
         panels=(
             Panel(title="Load of each expert", metric="moe/layer_{layer}/load", against=STEP, kind="heat map"),

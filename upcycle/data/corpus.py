@@ -82,10 +82,7 @@ def build_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, sequ
     """
     if sequence_length < 1:
         raise ConfigError("sequence_length is not positive", found=sequence_length, expected="at least 1")
-    if not (0 <= config.held_out < 1 or float(config.held_out).is_integer()) or config.held_out < 0:
-        raise ConfigError(
-            "data.held_out is not valid", found=config.held_out, expected="a number of documents, or a fraction below 1"
-        )
+    check_held_out(config.held_out)
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache()
     domains = {}
     for name, source in config.sources().items():
@@ -100,6 +97,30 @@ def build_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, sequ
         tokens=sum(len(domain.tokenised.file.tokens) for domain in domains.values()),
         documents=sum(len(domain.tokenised.digests) for domain in domains.values()),
         bytes_per_token={name: domain.bytes_per_token for name, domain in domains.items()} if config.held_out else {},
+    )
+
+
+def check_held_out(held_out: float) -> None:
+    """Check `data.held_out`.
+
+    Raises:
+        ConfigError: neither a number of documents nor a share of them.
+    """
+    if not (0 <= held_out < 1 or float(held_out).is_integer()) or held_out < 0:
+        raise ConfigError(
+            "data.held_out is not valid", found=held_out, expected="a number of documents, or a fraction below 1"
+        )
+
+
+def none_left(config: DataConfig, name: str, digests: Sequence[bytes]) -> ConfigError:
+    """The error for data of which all is held out."""
+    distinct = len(set(digests))
+    return ConfigError(
+        f"data.held_out leaves no document of {name} for training",
+        found=f"{len(digests)} documents, {distinct} of them different, held_out={config.held_out:g}",
+        remedy=f"set data.held_out to {distinct - 1} or less, or to 0 to hold out none"
+        if distinct > 1
+        else "give more documents, or set data.held_out=0 to hold out none",
     )
 
 
@@ -118,14 +139,7 @@ def _domain(config: DataConfig, name: str, tokenised: Tokenised, sequence_length
     file, documents = tokenised.file, len(tokenised.digests)
     held_out = held_out_count(tokenised.digests, config.held_out)
     if documents and held_out == documents:
-        distinct = len(set(tokenised.digests))
-        raise ConfigError(
-            f"data.held_out leaves no document of {name} for training",
-            found=f"{documents} documents, {distinct} of them different, held_out={config.held_out:g}",
-            remedy=f"set data.held_out to {distinct - 1} or less, or to 0 to hold out none"
-            if distinct > 1
-            else "give more documents, or set data.held_out=0 to hold out none",
-        )
+        raise none_left(config, name, tokenised.digests)
     split, split_bytes = map(int, file.bounds[held_out])
     starts = file.bounds[:-1, 0]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-    Reader = Callable[[BinaryIO, Path, str], Iterator[tuple[str, Any]]]
+    Reader = Callable[[BinaryIO, Path, str | None], Iterator[tuple[str, Any]]]
 
 BOM: Final = "\ufeff"  # what some editors begin UTF-8 with
 CSV_BLOCK: Final = 2**28  # bytes that a row of .csv may have
@@ -32,8 +32,8 @@ _JSON: Final = "an array of objects or strings, or one object per line"
 def reader_of(file: Path) -> Reader | None:
     """What reads the rows of a file: places and rows, each an object or a text. None for a file that is one text.
 
-    A reader is called with the file's content, its path, and the column that is wanted. It raises SourceError for
-    what cannot be read, and UnicodeDecodeError for what is not UTF-8.
+    A reader is called with the file's content, its path, and the column that is wanted, None for all. It raises
+    SourceError for what cannot be read, and UnicodeDecodeError for what is not UTF-8.
     """
     suffixes = [suffix.lower() for suffix in file.suffixes]
     if suffixes and suffixes[-1] in _DECOMPRESS:
@@ -86,7 +86,7 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _lines(stream: BinaryIO, file: Path, _field: str) -> Iterator[tuple[str, Any]]:
+def _lines(stream: BinaryIO, file: Path, _field: str | None) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(stream, start=1):
         text = line.decode()
         text = text.removeprefix(BOM) if number == 1 else text
@@ -97,7 +97,7 @@ def _lines(stream: BinaryIO, file: Path, _field: str) -> Iterator[tuple[str, Any
                 raise SourceError("a line is not JSON", found=f"{file}:{number}: {error}") from error
 
 
-def _json(stream: BinaryIO, file: Path, field: str) -> Iterator[tuple[str, Any]]:
+def _json(stream: BinaryIO, file: Path, field: str | None) -> Iterator[tuple[str, Any]]:
     """An array is read whole."""
     data = stream.read()
     text = data.decode().removeprefix(BOM)
@@ -118,7 +118,14 @@ def _json(stream: BinaryIO, file: Path, field: str) -> Iterator[tuple[str, Any]]
 
 
 def _delimited(delimiter: str) -> Reader:
-    def read(stream: BinaryIO, file: Path, field: str) -> Iterator[tuple[str, Any]]:
+    def read(stream: BinaryIO, file: Path, field: str | None) -> Iterator[tuple[str, Any]]:
+        if field is None:
+            raise SourceError(
+                "columns of numbers are not read from such a file",
+                found=file,
+                expected="rows as .jsonl, .json or .parquet",
+                remedy="write it as .jsonl, an object for each row",
+            )
         import pyarrow
         from pyarrow import csv
 
@@ -146,15 +153,16 @@ def _delimited(delimiter: str) -> Reader:
     return read
 
 
-def _parquet(stream: BinaryIO, file: Path, field: str) -> Iterator[tuple[str, Any]]:
+def _parquet(stream: BinaryIO, file: Path, field: str | None) -> Iterator[tuple[str, Any]]:
     import pyarrow
     from pyarrow import parquet
 
     seekable = stream if file.suffix.lower() == ".parquet" else io.BytesIO(stream.read())
     try:
         with parquet.ParquetFile(seekable) as table:
-            _check_columns(table.schema_arrow.names, file, field)
-            for batch in table.iter_batches(columns=[field]):
+            if field is not None:
+                _check_columns(table.schema_arrow.names, file, field)
+            for batch in table.iter_batches(columns=None if field is None else [field]):
                 yield from ((str(file), row) for row in batch.to_pylist())
     except pyarrow.ArrowInvalid as error:
         raise SourceError("the file is not parquet", found=f"{file}: {error}") from error

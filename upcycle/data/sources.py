@@ -51,7 +51,7 @@ def open_documents(source: SourceConfig) -> Documents:
     if source.name == "python_stdlib":
         return Documents(partial(_files, standard_library(), source.field))
     if source.name == "text":
-        files = _matches(source.files)
+        files = matching_files(source.files)
         _warn_of_rows(files)
         return Documents(partial(_files, files, source.field))
     return _hugging_face(source)
@@ -68,7 +68,7 @@ def standard_library() -> list[Path]:
     ]
 
 
-def _matches(patterns: str | Sequence[str] | None) -> list[Path]:
+def matching_files(patterns: str | Sequence[str] | None) -> list[Path]:
     given = [patterns] if isinstance(patterns, str) else list(patterns or ())
     if not given:
         raise ConfigError("text needs files", found="none", expected="paths or globs", remedy="add data.files=PATH")
@@ -101,22 +101,27 @@ def _warn_of_rows(files: Iterable[Path]) -> None:
 
 
 def _head(file: Path) -> bytes:
-    with _errors(file), opened(file) as stream:
+    with file_errors(file), opened(file) as stream:
         return stream.read(HEAD)
 
 
 def _files(files: Iterable[Path], field: str) -> Iterator[str]:
     for file in files:
         reader = reader_of(file)
-        with _errors(file), opened(file) as stream:
+        with file_errors(file), opened(file) as stream:
             if reader is None:
                 yield stream.read().decode()
             else:
-                yield from (_text_of(row, field, where) for where, row in reader(stream, file, field))
+                yield from (text_of(row, field, where) for where, row in reader(stream, file, field))
 
 
 @contextmanager
-def _errors(file: Path) -> Iterator[None]:
+def file_errors(file: Path) -> Iterator[None]:
+    """What fails while a file is read, as the file's own failure.
+
+    Raises:
+        SourceError: it is not UTF-8, or cannot be read.
+    """
     try:
         yield
     except UnicodeDecodeError as error:
@@ -125,7 +130,17 @@ def _errors(file: Path) -> Iterator[None]:
         raise SourceError("the file cannot be read", found=f"{file}: {error.strerror or error}") from error
 
 
-def _text_of(row: Any, field: str, where: str) -> str:
+def text_of(row: Any, field: str, where: str) -> str:
+    """The text in a row.
+
+    Args:
+        row: an object, or a text.
+        field: the column with the text.
+        where: the row's place, for the message.
+
+    Raises:
+        SourceError: there is no such column, or no text that UTF-8 can say in it.
+    """
     if isinstance(row, str):
         text: Any = row
     elif isinstance(row, dict) and field in row:
@@ -162,7 +177,7 @@ def _hugging_face(source: SourceConfig) -> Documents:
 
     def read() -> Iterator[str]:
         for number, row in enumerate(islice(rows, limit)):
-            yield _text_of(row, source.field, f"{source.path}, row {number}")
+            yield text_of(row, source.field, f"{source.path}, row {number}")
 
     if not source.streaming:
         return Documents(read)

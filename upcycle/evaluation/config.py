@@ -14,8 +14,8 @@ class EvaluateConfig:
     """`upcycle evaluate`.
 
     Attributes:
-        model: directory of any causal language model; or GGUF file or Hub id of a dense one.
-        data: the text, of which the held-out part is used.
+        model: directory of any causal language model or reward model; or GGUF file or Hub id of a dense one.
+        data: the text, or for a reward model the texts with attributes, of which the held-out part is used.
         sequence_length: tokens per window; null takes the model's positions, at most 1024.
         tokens: held-out tokens to use of each domain, rounded down to whole windows; null takes all.
         tasks: names of tasks of the lm-evaluation-harness.

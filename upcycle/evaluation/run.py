@@ -9,13 +9,17 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from upcycle.arch.head import CAUSAL, REWARD, attributes_of, head_of
 from upcycle.data.corpus import build_corpus
+from upcycle.data.rated_corpus import build_rated
 from upcycle.errors import ConfigError
 from upcycle.evaluation.harness import Harness
 from upcycle.evaluation.losses import domain_losses, perplexity
 from upcycle.evaluation.model import load_model
+from upcycle.evaluation.scores import attribute_metrics, held_out_scores, row_errors
 from upcycle.files.durable import write_text
 from upcycle.files.json import json_text
+from upcycle.models.heads import check_labels, settle_padding
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,8 +38,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         config: the options.
 
     Returns:
-        Plain data: by domain, `loss` in nats per token, `perplexity`, `nats_per_byte` and the `tokens` predicted; and
-        the tasks' metrics.
+        Plain data: by domain, `loss` in nats per token, `perplexity`, `nats_per_byte` and the `tokens` predicted; or of
+        a reward model by attribute, `pearson`, `spearman` and `mse`; and the tasks' metrics.
 
     Raises:
         UpcycleError: a model, data or a task that cannot be used.
@@ -46,6 +50,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         )
     harness = Harness(config.tasks) if config.tasks else None
     model, tokenizer, length = load_model(config.model, sequence_length=config.sequence_length)
+    measure = {CAUSAL.name: _held_out, REWARD.name: _rated}[head_of(model.config.to_dict()).name]
     return {
         "model": config.model,
         "model_type": model.config.model_type,
@@ -53,7 +58,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "dtype": "float32",
         "device": model.device.type,
         "sequence_length": length,
-        **_held_out(config, model, tokenizer, length),
+        **measure(config, model, tokenizer, length),
         "tasks": harness.run(model, tokenizer, max_length=length) if harness else [],
     }
 
@@ -87,6 +92,35 @@ def _held_out(
     return {"data": {"name": config.data.name, "hash": corpus.hash}, "domains": domains}
 
 
+def _rated(
+    config: EvaluateConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int
+) -> dict[str, Any]:
+    for option, value in (("tasks", config.tasks), ("tokens", config.tokens)):
+        if value:
+            raise ConfigError(
+                f"{option} is for language models",
+                found=f"{option}={value} for a reward model",
+                remedy=f"leave {option} out",
+            )
+    check_labels(model.config, config.data.rated())
+    settle_padding(model, tokenizer)
+    corpus = build_rated(
+        config.data,
+        tokenizer,
+        attributes=attributes_of(model.config),
+        padding=model.config.get_text_config().pad_token_id,
+        sequence_length=length,
+    )
+    (rows,) = corpus.held_out.values()
+    scores, labels = held_out_scores(model, rows, batch_size=max(1, TOKENS_AT_ONCE // length), rows=None)
+    return {
+        "data": {"name": config.data.name, "hash": corpus.hash},
+        "rows": len(rows),
+        "mse": float(row_errors(scores, labels).mean()),
+        "attributes": attribute_metrics(scores, labels, corpus.attributes),
+    }
+
+
 def write_evaluation(found: Mapping[str, Any], output: str) -> None:
     """Write the evaluation as JSON; the file appears complete or not at all.
 
@@ -99,6 +133,8 @@ def write_evaluation(found: Mapping[str, Any], output: str) -> None:
 def evaluation_table(found: Mapping[str, Any]) -> RenderableType:
     """The evaluation for people."""
     title = f"{found['model']} ({found['model_type']}, {found['parameters']:,} parameters)"
+    if "attributes" in found:
+        return _attributes_table(found, title)
     domains = Table(box=box.SIMPLE, title=f"{title}: held-out text, windows of {found['sequence_length']}")
     for column in ("domain", "nats per token", "perplexity", "nats per byte", "tokens"):
         domains.add_column(column, justify="left" if column == "domain" else "right")
@@ -114,3 +150,13 @@ def evaluation_table(found: Mapping[str, Any]) -> RenderableType:
         stderr = "-" if row["stderr"] is None else f"{row['stderr']:.4f}"
         tasks.add_row(row["task"], row["metric"], f"{row['value']:.4f}", stderr)
     return Group(domains, tasks)
+
+
+def _attributes_table(found: Mapping[str, Any], title: str) -> Table:
+    table = Table(box=box.SIMPLE, title=f"{title}: {found['rows']:,} held-out rows, squared error {found['mse']:.5f}")
+    for column in ("attribute", "Pearson", "Spearman", "squared error"):
+        table.add_column(column, justify="left" if column == "attribute" else "right")
+    for name, row in found["attributes"].items():
+        shown = ("-" if row[each] is None else f"{row[each]:+.4f}" for each in ("pearson", "spearman"))
+        table.add_row(name, *shown, f"{row['mse']:.5f}")
+    return table

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from upcycle.arch.head import REWARD, head_of
 from upcycle.errors import ConfigError, SourceError
 from upcycle.models.load import load_tokenizer_from
 from upcycle.routing.config import Schedule
@@ -52,6 +53,7 @@ def check_model(config: Any, moe: MoeDescription) -> None:
         "rope_type": rope.get("rope_type", "default") not in ("default", None) and rope["rope_type"],
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0 and rope["partial_rotary_factor"],
         "sliding_window": sliding,
+        "architectures": head_of(config.to_dict()) is REWARD and config.architectures,
         "attention_bias": getattr(config, "attention_bias", False),
         "hidden_act": config.hidden_act != "silu" and config.hidden_act,
         "layers without experts": moe.layer_count - len(moe.layers),

@@ -21,6 +21,4 @@ def register_model() -> None:
     )
 
     AutoModelForCausalLM.register(UpcycledMoeConfig, UpcycledMoeForCausalLM, exist_ok=True)
-    AutoModelForSequenceClassification.register(
-        UpcycledMoeConfig, UpcycledMoeForSequenceClassification, exist_ok=True
-    )
+    AutoModelForSequenceClassification.register(UpcycledMoeConfig, UpcycledMoeForSequenceClassification, exist_ok=True)

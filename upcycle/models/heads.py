@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from upcycle.arch.family import Shape
     from upcycle.arch.head import Head
@@ -163,7 +163,8 @@ def is_score(name: str) -> bool:
 
 def score_module(model: PreTrainedModel) -> nn.Module:
     """A reward model's head."""
-    return next(module for name, module in model.named_modules() if is_score(f"{name}.weight"))
+    found: nn.Module = next(each for name, each in model.named_modules() if is_score(f"{name}.weight"))
+    return found
 
 
 @torch.no_grad()
@@ -176,6 +177,19 @@ def draw_head(model: PreTrainedModel, *, seed: int) -> None:
     if isinstance(weight, DTensor):
         values = distribute_tensor(values.to(weight.device), weight.device_mesh, weight.placements)
     weight.copy_(values)
+
+
+def settle_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a reward model a padding token, which decides where it scores, if it has none: the tokenizer's."""
+    text = model.config.get_text_config()
+    known = text.pad_token_id
+    if known is not None and 0 <= known < text.vocab_size:
+        return
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    # A model inside another one has a copy of its config.
+    for module in model.modules():
+        if (config := getattr(module, "config", None)) is not None:
+            config.get_text_config().pad_token_id = padding
 
 
 def check_labels(config: Any, attributes: Sequence[str]) -> None:

@@ -68,7 +68,7 @@ def load_dense(
 def load_checkpoint(
     directory: Path, dtype: torch.dtype = torch.float32, *, new_head: Any = None, **layout: Any
 ) -> PreTrainedModel:
-    """Any causal LM or reward model in evaluation mode, a MoE with transformers' loop over experts: it takes all widths.
+    """Any causal LM or reward model in evaluation mode; a MoE with transformers' loop over experts, for any width.
 
     Args:
         directory: of the checkpoint.

@@ -18,6 +18,8 @@ EXTRAS: Final = {
     "sentencepiece": "sentencepiece",
     "google.protobuf": "sentencepiece",
     "lm_eval": "eval",
+    "textblob": "reward",
+    "vaderSentiment": "reward",
     "jinja2": "dashboard",
     "plotly": "dashboard",
     "wandb_workspaces": "dashboard",

@@ -77,6 +77,16 @@ class Routing:
         for router in self.routers.values():
             router.measuring = value
 
+    def count_only(self, mask: Tensor | None) -> None:
+        """Let balancing and statistics be about the tokens of the next forward that are no padding.
+
+        Args:
+            mask: its attention mask [B, L]; None counts all tokens.
+        """
+        counted_T = None if mask is None else mask.flatten().bool()
+        for router in self.routers.values():
+            router.counted_T = counted_T
+
     def released(self, done: int) -> bool:
         """Whether groups need no longer hold after `done` optimizer steps."""
         return self.joint is not None and self.joint.over(done)

@@ -58,6 +58,7 @@ class Router(BiasedRouter):
         step_load_N: assignments in all training forwards of this optimizer step; None before the first.
         sums: statistics since they were last reset; None before the first training forward.
         measuring: whether training forwards add to `sums`.
+        counted_T: which tokens of the next training forward balancing and statistics are about; None counts all.
 
     What is counted is no buffer, because DistributedDataParallel overwrites buffers with those of rank 0.
     """
@@ -83,6 +84,7 @@ class Router(BiasedRouter):
         self.step_load_N: Tensor | None = None
         self.sums: RoutingSums | None = None
         self.measuring = True
+        self.counted_T: Tensor | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Route the tokens of x [..., H].
@@ -100,9 +102,9 @@ class Router(BiasedRouter):
             if self.training:
                 kept_TK = self._keep(noisy_TN, index_TK, chosen_TK)
                 weights_TK = weights_TK * kept_TK
-                self._record(logits_TN, index_TK, chosen_TK, kept_TK)
+                self._record(*self._counted(logits_TN, index_TK, chosen_TK, kept_TK))
                 if self.ahead:
-                    self._look_ahead(noisy_TN, weights_TK)
+                    self._look_ahead(*self._counted(noisy_TN, weights_TK))
         weights_TK = weights_TK.to(x.dtype)
         return (index_TK, weights_TK, logits_TN) if self._indices_first else (logits_TN, weights_TK, index_TK)
 
@@ -115,6 +117,9 @@ class Router(BiasedRouter):
         """Make the rows of every virtual group equal, if they are to be."""
         if self.tied:
             tie(self.weight, self.selection.granularity)
+
+    def _counted(self, *of_tokens: Tensor) -> tuple[Tensor, ...]:
+        return of_tokens if self.counted_T is None else tuple(each[self.counted_T] for each in of_tokens)
 
     def _logits(self, x_TH: Tensor) -> Tensor:
         if not self.tied:

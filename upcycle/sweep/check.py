@@ -57,7 +57,6 @@ def estimate(config: TrainConfig, *, ranks: int | None, execute: bool) -> Estima
     layout = layout_of(config.parallel, Launch(processes=ranks)) if ranks else None
     if layout:
         check_batch(config, layout.data)
-    config.data.sources()
     if execute and config.source is not None and config.model != "scratch":
         open_source(config.source)
     with only_warnings("upcycle"), torch.device("meta"):  # each run will log its reasons for its kernel

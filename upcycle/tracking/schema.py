@@ -1,6 +1,7 @@
 """Every metric that training reports: name, unit, and how a run's rows are reduced to one number.
 
-Knows nothing else. A name with `{domain}` or `{layer}` stands for one metric per domain or MoE layer.
+Knows nothing else. A name with `{domain}`, `{attribute}` or `{layer}` stands for one metric per domain, attribute or MoE
+layer.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ def _metric(name: str, unit: str, reduction: Reduction, meaning: str) -> Metric:
 METRICS = (
     _metric("train/loss", "nats/token", "last", "cross entropy, mean over the tokens since the last row"),
     _metric("train/perplexity", "1", "last", "exp(train/loss)"),
+    _metric(
+        "train/mse", "label²", "last", "objective=regression: squared error, mean over the samples since the last row"
+    ),
     _metric("train/aux_loss", "1", "last", "Switch load-balancing loss before its coefficient; 1 is balanced"),
     _metric("train/z_loss", "1", "last", "mean squared log-sum-exp of the router's logits, before its coefficient"),
     _metric("train/distill_loss", "nats/token", "last", "KL of the student from the teacher, before its weight"),
@@ -52,6 +56,10 @@ METRICS = (
     _metric("val/perplexity", "1", "last", "exp(val/loss)"),
     _metric("val/{domain}/loss", "nats/token", "last", "cross entropy by domain"),
     _metric("val/{domain}/nats_per_byte", "nats/byte", "last", "cross entropy by domain, per byte of text"),
+    _metric("val/mse", "label²", "last", "objective=regression: squared error, mean over the held-out rows used"),
+    _metric("val/{attribute}/mse", "label²", "last", "squared error by attribute, over the rows that have a label"),
+    _metric("val/{attribute}/pearson", "1", "last", "Pearson's correlation of scores with labels, by attribute"),
+    _metric("val/{attribute}/spearman", "1", "last", "Spearman's correlation of scores with labels, by attribute"),
     _metric("moe/max_vio", "1", "last", "largest expert load over the mean, minus 1; mean over layers"),
     _metric("moe/load_entropy", "1", "last", "entropy of the load over experts, over its maximum; mean over layers"),
     _metric("moe/dead_experts", "experts", "last", "experts that got no token since the last row, over all layers"),

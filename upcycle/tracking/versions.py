@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# Options that came later, and what all did before: group, name -> value.
+# Options that came later, and what all did before: group ("" for none), name -> value.
 LATER: dict[tuple[str, str], Any] = {
+    ("", "objective"): "causal_lm",
+    ("data", "attributes"): None,
     ("router", "release"): None,
     ("moe", "shared_neurons"): None,
     ("balance", "bias_per"): "group",
@@ -27,7 +29,7 @@ def upgraded(options: Mapping[str, Any]) -> dict[str, Any]:
     whole = now["router"].pop("select_groups", None)
     now["moe"].setdefault("groups", "whole" if whole else "free" if _has_groups(now) else "auto")
     for (group, name), before in LATER.items():
-        now[group].setdefault(name, before)
+        _group(now, group).setdefault(name, before)
     return now
 
 
@@ -42,10 +44,16 @@ def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
     if then["moe"]["router_order"] == "auto":
         then["moe"]["router_order"] = "softmax_topk"
     for (group, name), before in LATER.items():
-        if then[group][name] == before:
-            del then[group][name]
+        if _group(then, group).get(name) == before:
+            _group(then, group).pop(name, None)
     then["router"]["select_groups"] = None
     return then
+
+
+def _group(options: dict[str, Any], name: str) -> dict[str, Any]:
+    """A group of options, or all of them; one that is not there is empty."""
+    group: dict[str, Any] = options.get(name, {}) if name else options
+    return group
 
 
 def _has_groups(options: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from upcycle.routing.config import BalanceConfig, RouterConfig
 from upcycle.tracking.config import WandbConfig
 
 ModelKind = Literal["dense", "upcycle", "scratch", "checkpoint"]
+ObjectiveKind = Literal["causal_lm", "regression"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +134,7 @@ class TrainConfig:
 
     Attributes:
         model: dense, upcycle, scratch or checkpoint.
+        objective: causal_lm, or regression: scores of attributes, by a reward model or a new head on a language model.
         source: the dense model (of the experts too); for checkpoint, the directory to train.
         architecture: scratch: fields of a transformers configuration; null takes the MoE that `source` and `moe` make.
         tokenizer: directory or Hub id; "bytes" for bytes; null takes the source's.
@@ -196,6 +198,7 @@ class TrainConfig:
     progress: bool
     wandb: WandbConfig
     parallel: AnyParallel | None = None
+    objective: ObjectiveKind = "causal_lm"
 
 
 @dataclass(frozen=True, kw_only=True)

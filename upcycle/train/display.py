@@ -15,9 +15,16 @@ if TYPE_CHECKING:
 
     from upcycle.train.prepared import Run
 
-SHOWN = {"train/loss": "loss", "val/loss": "held out", "train/tokens_per_second": "tokens/s"}
+SHOWN = {
+    "train/loss": "loss",
+    "val/loss": "held out",
+    "train/mse": "squared error",
+    "val/mse": "held out",
+    "train/tokens_per_second": "tokens/s",
+}
+REGRESSION = ("train/mse", "val/mse")
 ROUTING = ("moe/max_vio", "moe/dead_experts", "moe/whole_ffns")
-SUMMARY = ("train/loss", "val/loss", "val/perplexity", "train/tokens", "train/flops", *ROUTING)
+SUMMARY = ("train/loss", "val/loss", "val/perplexity", *REGRESSION, "train/tokens", "train/flops", *ROUTING)
 
 
 class TrainingProgress(RichProgressBar):

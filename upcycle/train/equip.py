@@ -17,7 +17,7 @@ from upcycle.train.schedule import budget_steps, check_schedule
 if TYPE_CHECKING:
     from upcycle.routing.install import Routing
     from upcycle.train.config import TrainConfig
-    from upcycle.train.models import Start
+    from upcycle.train.start import Start
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from upcycle.models.moe import MoeDescription
 
 PREFIX = "model."
-KEPT = ("train/loss", "val/loss", "train/tokens", "train/flops")
+KEPT = ("train/loss", "val/loss", "train/mse", "val/mse", "train/tokens", "train/flops")
 
 
 def export(config: ExportConfig, *, more: Mapping[str, str] | None = None) -> Path:

@@ -125,13 +125,12 @@ def _measuring(run: Run, checkpoints: Checkpoints) -> list[Periodic]:
     if run.corpus.held_out:
         measuring.append(
             Validation(
-                run.corpus,
                 run.record,
                 run.ranks,
                 checkpoints,
                 every=every,
                 batch_size=config.batch.micro_sequences(run.ranks.layout.data),
-                windows=config.validation.windows,
+                samples=config.validation.windows,
             )
         )
     if moe and config.metrics == "dense":

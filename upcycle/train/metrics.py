@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback
 
 from upcycle.routing.statistics import RoutingSums
+from upcycle.train.objectives.objective import LOSS
 from upcycle.train.periodic import Periodic
 from upcycle.train.similarity import dense_cosine, expert_matrices, group_cosine
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from upcycle.train.similarity import Matrices
 
 Row = dict[str, Any]
+TOKENS = "tokens"  # in the sums, where it is no mean over micro-batches
 WHOLE = 0.9  # share of tokens with whole FFNs below which a run has lost its start
 _log = logging.getLogger("upcycle")
 
@@ -104,8 +106,10 @@ class TrainingMetrics(Callback):
         """Add to the sums; at the end of an interval, log a row."""
         micro_batches = trainer.accumulate_grad_batches * self._ranks.layout.data
         for name, value in outputs.items():
-            if name != "loss":
+            if name != LOSS:
                 self._sums[name] = self._sums.get(name, 0.0) + value.detach().double() / micro_batches
+        tokens = outputs[LOSS].new_tensor(pl_module.objective.tokens(batch), dtype=torch.float64)
+        self._sums[TOKENS] = self._sums.get(TOKENS, 0.0) + tokens
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._steps += 1
             if trainer.global_step == 1 and self._routing:
@@ -131,17 +135,17 @@ class TrainingMetrics(Callback):
 
     def _row(self, step: int, module: Any) -> Row:
         means = {name: float(total) / self._steps for name, total in self._total().items()}
+        tokens = means.pop(TOKENS)
+        before, steps = self._record.last.get("train/tokens", 0), self._steps
         self._sums, self._steps = {}, 0
-        loss = means.pop("cross_entropy")
         row: Row = {
-            "train/loss": loss,
-            "train/perplexity": math.exp(loss),
+            **module.objective.row(means),
             **{f"train/{name}": value for name, value in means.items()},
             "train/grad_norm": float(module.grad_norm),
             "train/learning_rate": module.learning_rate(step - 1),
-            "train/tokens": step * module.tokens_per_step,
+            "train/tokens": before + round(tokens * steps),
             "train/flops": step * self._flops_per_step,
-            **self._speed(step, module.tokens_per_step),
+            **self._speed(step, tokens),
         }
         if self._routing:
             row |= routing_row(self._over_ranks(module.routing.statistics()), module.moe.layers)
@@ -155,7 +159,7 @@ class TrainingMetrics(Callback):
     def _over_ranks(self, sums: RoutingSums) -> RoutingSums:
         return RoutingSums(**{name: self._ranks.sum(value) for name, value in asdict(sums).items()})
 
-    def _speed(self, step: int, tokens_per_step: int) -> Row:
+    def _speed(self, step: int, tokens_per_step: float) -> Row:
         now, (before, first) = self._clock(), self._since
         self._since = (now, step)
         per_step = (now - before) / max(1, step - first)

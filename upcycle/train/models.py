@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from upcycle.arch.families import FAMILIES
+from upcycle.arch.head import CAUSAL, REWARD, head_of
 from upcycle.arch.targets import TARGETS
 from upcycle.checkpoint import hash_files
 from upcycle.convert.manifest import manifest_json
@@ -22,8 +24,9 @@ from upcycle.data.bytes_tokenizer import byte_tokenizer
 from upcycle.distributed.model import check_units, laid_out, settle
 from upcycle.distributed.quiet import only_errors
 from upcycle.distributed.ranks import ALONE
-from upcycle.errors import ConfigError, did_you_mean
+from upcycle.errors import ConfigError, UpcycleError, did_you_mean
 from upcycle.models.config import read_config
+from upcycle.models.heads import auto_class, class_of, draw_head, settle_padding
 from upcycle.models.load import (
     check_fits,
     from_pretrained,
@@ -34,49 +37,30 @@ from upcycle.models.load import (
     quietly,
 )
 from upcycle.models.manifest import read_manifest
-from upcycle.models.moe import MoeDescription, describe_config, describe_moe, regrouped, target_of
+from upcycle.models.moe import describe_config, describe_moe, regrouped, target_of
 from upcycle.models.padding import without_padding
 from upcycle.models.source import expanded, open_source
 from upcycle.options.config import ConvertConfig
 from upcycle.parallel.rank_layout import check_experts, check_heads
+from upcycle.train.heads import new_head
+from upcycle.train.objectives.choose import kind_of
+from upcycle.train.start import Start
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from upcycle.arch.head import Head
     from upcycle.convert.prepare import Conversion
     from upcycle.distributed.ranks import Ranks
+    from upcycle.models.moe import MoeDescription
     from upcycle.models.source import DenseSource
     from upcycle.parallel.rank_layout import RankLayout
     from upcycle.train.config import TrainConfig
 
 BYTES = "bytes"
 _log = logging.getLogger("upcycle")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """What training starts from.
-
-    Attributes:
-        model: in float32, in training mode.
-        tokenizer: the model's.
-        moe: its shape; None for a dense model.
-        source: the dense model that it came from, or that it is; None where there is none.
-        origin: directory or GGUF file of the model, whose files beside config and weights belong to it; None where only
-            the tokenizer does.
-        manifest: what `upcycle convert` would have written about it, or the checkpoint's own; empty where neither is.
-        bytes_read: by this rank, of the source's weights, where each rank reads what its shard needs.
-    """
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    moe: MoeDescription | None
-    source: DenseSource | None
-    origin: Path | None
-    manifest: dict[str, Any]
-    bytes_read: int | None = None
 
 
 def start_model(config: TrainConfig, ranks: Ranks = ALONE) -> Start:
@@ -89,7 +73,9 @@ def start_model(config: TrainConfig, ranks: Ranks = ALONE) -> Start:
     _check_options(config, ranks)
     arms = {"dense": _dense, "upcycle": _upcycle, "scratch": _scratch, "checkpoint": _checkpoint}
     torch.manual_seed(config.seed)
-    with quietly():
+    scored = kind_of(config).attributes(config)
+    # Transformers would report the head that is left out and the one that is new.
+    with quietly(), only_errors("transformers") if scored else nullcontext():
         start = arms[config.model](config, ranks)
     if ranks.size > 1:
         check_layout(start, ranks.layout)
@@ -97,6 +83,8 @@ def start_model(config: TrainConfig, ranks: Ranks = ALONE) -> Start:
             check_units(start.model)
         settle(start.model)
     _leave_ahead(start.model)
+    if scored:
+        settle_padding(start.model, start.tokenizer)
     start.model.train()
     check_fits(start.model, start.tokenizer, config.sequence_length)
     return start
@@ -157,8 +145,11 @@ def _check_options(config: TrainConfig, ranks: Ranks) -> None:
 def _dense(config: TrainConfig, ranks: Ranks) -> Start:
     source = open_source(str(config.source))
     _check_sliceable(source, ranks)
+    made = _new_head(config, source.model.config, source.model.head)
     with laid_out(replace(ranks.layout, ep=1)) as layout:
-        model = load_dense(source, **layout)
+        model = load_dense(source, new_head=made, **layout)
+    if made:
+        draw_head(model, seed=config.seed)
     tokenizer = _tokenizer(config, source)
     return Start(model=model, tokenizer=tokenizer, moe=None, source=source, origin=source.path, manifest={})
 
@@ -168,18 +159,23 @@ def _upcycle(config: TrainConfig, ranks: Ranks) -> Start:
     conversion = prepare(request, execute=True)
     check_experts(ranks.layout, conversion.plan.moe.experts)
     hashes = hash_files(conversion.source.files if ranks.main else ())
-    transformers_config = _transformers_config(output_config(conversion))
+    head, transformers_config = conversion.source.model.head, _transformers_config(output_config(conversion))
+    made = _new_head(config, transformers_config, head)
+    kind = class_of(REWARD if made else head, made or transformers_config)
+    tensors = [each for each in conversion.plan.tensors if not (made and each.name.endswith(head.tensor))]
     if ranks.size == 1:
         materialiser = Materialiser(conversion.source.read, config.seed)
-        values = {tensor.name: materialiser.tensor(tensor, torch.float32) for tensor in conversion.plan.tensors}
-        model, bytes_read = _filled(transformers_config, values), None
+        values = {tensor.name: materialiser.tensor(tensor, torch.float32) for tensor in tensors}
+        model, bytes_read = _filled(kind, made or transformers_config, values, fresh=bool(made)), None
     else:
         _check_sliceable(conversion.source, ranks)
         slicing = SliceMaterialiser(conversion.source.read, config.seed, conversion.source.model.tensors())
-        slices = {tensor.name: SlicedTensor(tensor, slicing) for tensor in conversion.plan.tensors}
+        slices = {tensor.name: SlicedTensor(tensor, slicing) for tensor in tensors}
         with laid_out(ranks.layout) as layout:
-            model = _filled(transformers_config, slices, **layout)
+            model = _filled(kind, made or transformers_config, slices, fresh=bool(made), **layout)
         bytes_read = slicing.bytes_read
+    if made:
+        draw_head(model, seed=config.seed)
     manifest = json.loads(manifest_json(conversion, request, hashes.result()))
     return replace(_of_conversion(config, conversion, model, manifest), bytes_read=bytes_read)
 
@@ -200,8 +196,10 @@ def _scratch(config: TrainConfig, ranks: Ranks) -> Start:
         return _from_architecture(config, config.architecture, ranks)
     conversion = prepare(conversion_request(config), execute=False)
     check_experts(ranks.layout, conversion.plan.moe.experts)
-    transformers_config = _transformers_config(output_config(conversion))
-    return _of_conversion(config, conversion, _random(transformers_config, ranks), _groups(conversion))
+    head, transformers_config = conversion.source.model.head, _transformers_config(output_config(conversion))
+    made = _new_head(config, transformers_config, head)
+    model = _random(made or transformers_config, REWARD if made else head, ranks)
+    return _of_conversion(config, conversion, model, _groups(conversion))
 
 
 def _from_architecture(config: TrainConfig, architecture: dict[str, Any], ranks: Ranks) -> Start:
@@ -221,7 +219,11 @@ def _from_architecture(config: TrainConfig, architecture: dict[str, Any], ranks:
     from huggingface_hub.errors import StrictDataclassError
 
     try:
-        model = _random(_transformers_config(fields), ranks)
+        transformers_config = _transformers_config(fields)
+        made = _new_head(config, transformers_config, CAUSAL)
+        model = _random(made or transformers_config, REWARD if made else CAUSAL, ranks)
+    except UpcycleError:
+        raise
     except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
         raise ConfigError("architecture is not valid", found=" ".join(str(error).split())) from error
     target = target_of(model.config.to_dict())
@@ -236,9 +238,13 @@ def _checkpoint(config: TrainConfig, ranks: Ranks) -> Start:
     moe = regrouped(describe_moe(directory), config.moe.groups)
     check_experts(ranks.layout, moe.experts)
     manifest = read_manifest(directory) or {}
+    stored = without_padding(directory, moe.target)
+    made = _new_head(config, stored, head_of(stored.to_dict()))
     with laid_out(ranks.layout) as layout, only_errors("transformers"):
-        own = {"config": without_padding(directory, moe.target), "ignore_mismatched_sizes": True}
-        model = load_checkpoint(directory, **layout | own)
+        own = {"config": stored, "ignore_mismatched_sizes": True}
+        model = load_checkpoint(directory, new_head=made, **layout | own)
+    if made:
+        draw_head(model, seed=config.seed)
     origin = manifest.get("source", {}).get("given")
     source = open_source(origin) if origin and Path(origin).expanduser().exists() else None
     tokenizer = _tokenizer(config, directory)
@@ -310,27 +316,23 @@ def _transformers_config(fields: dict[str, Any]) -> Any:
     return AutoConfig.for_model(**fields)
 
 
-def _class_of(transformers_config: Any) -> Any:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(transformers_config)]
-
-
-def _filled(transformers_config: Any, values: Mapping[str, Any], **layout: Any) -> PreTrainedModel:
-    kind = _class_of(transformers_config)
-    return from_pretrained(kind, None, config=transformers_config, state_dict=values, dtype=torch.float32, **layout)
+def _new_head(config: TrainConfig, own: Any, head: Head) -> Any | None:
+    """The transformers configuration of a model with a new reward head; None where it keeps its own."""
+    return new_head(own, head, kind_of(config).attributes(config))
 
 
-def _random(transformers_config: Any, ranks: Ranks) -> PreTrainedModel:
+def _filled(kind: Any, transformers_config: Any, values: Mapping[str, Any], **more: Any) -> PreTrainedModel:
+    return from_pretrained(kind, None, config=transformers_config, state_dict=values, dtype=torch.float32, **more)
+
+
+def _random(transformers_config: Any, head: Head, ranks: Ranks) -> PreTrainedModel:
     """Random weights; with several ranks, each draws all of them and keeps its shard."""
-    from transformers import AutoModelForCausalLM
-
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(transformers_config, dtype=torch.float32)
+    model: PreTrainedModel = auto_class(head).from_config(transformers_config, dtype=torch.float32)
     if ranks.size == 1:
         return model
     dense = target_of(transformers_config.to_dict()) is None
     with laid_out(replace(ranks.layout, ep=1) if dense else ranks.layout) as layout:
-        return _filled(transformers_config, model.state_dict(), **layout)
+        return _filled(class_of(head, transformers_config), transformers_config, model.state_dict(), **layout)
 
 
 def _tokenizer(config: TrainConfig, source: DenseSource | Path | None) -> PreTrainedTokenizerBase:

@@ -1,22 +1,19 @@
-"""The Lightning module: one forward pass, its losses, and the optimizer.
-
-Shapes: B sequences, L tokens, V vocabulary.
-"""
+"""The Lightning module: one forward pass, its losses, and the optimizer. Knows no objective, only the door."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from upcycle.distributed.gradients import clip_by_norm
 from upcycle.distributed.ranks import ALONE
 from upcycle.init.rng import derived_seed
 from upcycle.train.finite import not_finite
+from upcycle.train.objectives.objective import LOSS, model_inputs
 from upcycle.train.optim import adamw
 from upcycle.train.schedule import learning_rate
 
@@ -27,12 +24,11 @@ if TYPE_CHECKING:
     from upcycle.models.moe import MoeDescription
     from upcycle.routing.install import Routing
     from upcycle.train.config import TrainConfig
-
-Batch = dict[str, Tensor]
+    from upcycle.train.objectives.objective import Batch, Objective
 
 
 class TrainingModule(LightningModule):
-    """Trains a causal LM, dense or MoE.
+    """Trains a model, dense or MoE.
 
     Everything random in a step depends on (seed, step, micro-batch) alone, so that a resumed run repeats it.
 
@@ -40,7 +36,7 @@ class TrainingModule(LightningModule):
         model: the model.
         moe: its shape; None for a dense model.
         routing: its routers; None for a dense model.
-        teacher: the dense model to distil from; None without distillation.
+        objective: what is minimised.
         config: the options.
         steps: optimizer steps of the budget.
         ranks: the processes that train together.
@@ -52,7 +48,7 @@ class TrainingModule(LightningModule):
         *,
         moe: MoeDescription | None,
         routing: Routing | None,
-        teacher: PreTrainedModel | None,
+        objective: Objective,
         config: TrainConfig,
         steps: int,
         ranks: Ranks = ALONE,
@@ -68,7 +64,7 @@ class TrainingModule(LightningModule):
         self.ranks = ranks
         self.tokens_per_step = config.batch.sequences * config.sequence_length
         self.grad_norm: Tensor | None = None
-        self._teacher = [teacher] if teacher else []  # in a list, so that it is no submodule and in no checkpoint
+        self.objective = objective
 
     def configure_model(self) -> None:
         """Nothing is left to do: with several ranks, the model was laid out as it was loaded."""
@@ -81,10 +77,6 @@ class TrainingModule(LightningModule):
 
     def learning_rate(self, step: int) -> float:
         return learning_rate(self.config.schedule, step, steps=self.steps, tokens_per_step=self.tokens_per_step)
-
-    def on_fit_start(self) -> None:
-        for teacher in self._teacher:
-            nn.Module.to(teacher, self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adapt what is of another number of ranks, or another layout, before Lightning restores it.
@@ -117,14 +109,10 @@ class TrainingModule(LightningModule):
 
     def training_step(self, batch: Batch, _batch_idx: int) -> dict[str, Tensor]:
         """Losses of one micro-batch; `loss` is the one that is minimised, the others are detached."""
-        logits_BLV = self._logits(batch)
-        cross_entropy = token_loss(logits_BLV, batch["labels"])
-        parts = {"cross_entropy": cross_entropy}
-        loss = cross_entropy
-        if self._teacher:
-            parts["distill_loss"] = self._distillation(logits_BLV, batch)
-            weight = self.config.distill.weight
-            loss = (1 - weight) * loss + weight * self.config.distill.temperature**2 * parts["distill_loss"]
+        if self.routing:
+            self.routing.count_only(batch.get("attention_mask"))
+        parts = self.objective.loss(self.model, batch)
+        loss = parts.pop(LOSS)
         if self.routing:
             balance = self.routing.losses(self.global_step)
             parts |= {"aux_loss": balance.aux, "z_loss": balance.z}
@@ -132,7 +120,7 @@ class TrainingModule(LightningModule):
         if self.ranks.any(not torch.isfinite(loss), self.device):
             inputs, step = model_inputs(batch), self.global_step + 1
             raise not_finite(self.model, inputs, loss=float(loss.detach()), step=step, ranks=self.ranks)
-        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
+        return {LOSS: loss, **{name: part.detach() for name, part in parts.items()}}
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -151,25 +139,3 @@ class TrainingModule(LightningModule):
         optimizer.zero_grad()
         if self.routing:
             self.routing.end_step(step)
-
-    def _logits(self, batch: Batch) -> Tensor:
-        return self.model(**model_inputs(batch), use_cache=False).logits  # type: ignore[no-any-return]
-
-    def _distillation(self, logits_BLV: Tensor, batch: Batch) -> Tensor:
-        with torch.no_grad():
-            teacher_BLV = self._teacher[0](**model_inputs(batch), use_cache=False).logits
-        temperature = self.config.distill.temperature
-        student, teacher = (
-            (logits.flatten(0, 1).float() / temperature).log_softmax(-1) for logits in (logits_BLV, teacher_BLV)
-        )
-        return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
-
-
-def model_inputs(batch: Batch) -> Batch:
-    """What the model is called with: everything but the labels."""
-    return {name: value for name, value in batch.items() if name != "labels"}
-
-
-def token_loss(logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
-    """Mean cross entropy in nats per token; labels are already shifted."""
-    return F.cross_entropy(logits_BLV.flatten(0, 1).float(), labels_BL.flatten())

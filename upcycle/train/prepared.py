@@ -11,12 +11,12 @@ from upcycle.tracking.record import CHECKPOINTS
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from upcycle.data.corpus import Corpus
     from upcycle.distributed.ranks import Ranks
     from upcycle.tracking.record import Record
     from upcycle.train.config import TrainConfig
-    from upcycle.train.models import Start
     from upcycle.train.module import TrainingModule
+    from upcycle.train.objectives.objective import Samples
+    from upcycle.train.start import Start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Run:
     Attributes:
         config: the options.
         start: the model and what belongs to it.
-        corpus: the text.
+        corpus: what it trains on.
         record: the run's directory.
         module: what Lightning trains.
         kernel: name of the expert kernel; None for a dense model.
@@ -40,7 +40,7 @@ class Run:
 
     config: TrainConfig
     start: Start
-    corpus: Corpus
+    corpus: Samples
     record: Record
     module: TrainingModule
     kernel: str | None

@@ -12,14 +12,12 @@ import torch
 from upcycle.checkpoint import hash_files, open_reader
 from upcycle.checkpoint.renames import check_renames
 from upcycle.convert.beside import gathered
-from upcycle.data.corpus import build_corpus
 from upcycle.data.order import order_hash
 from upcycle.distributed.failure import shared_failure
 from upcycle.distributed.ranks import Ranks, join_ranks
 from upcycle.distributed.shards import LAST
 from upcycle.errors import ConfigError
 from upcycle.files.durable import output_errors
-from upcycle.models.load import load_dense
 from upcycle.models.source import expanded
 from upcycle.options.extras import need
 from upcycle.tracking.claim import claimed
@@ -33,8 +31,9 @@ from upcycle.train.device import device_of
 from upcycle.train.equip import equip
 from upcycle.train.fit import fit
 from upcycle.train.mirroring import Mirroring
-from upcycle.train.models import Start, start_model
+from upcycle.train.models import start_model
 from upcycle.train.module import TrainingModule
+from upcycle.train.objectives.choose import kind_of
 from upcycle.train.prepared import Run
 from upcycle.train.surroundings import peak_memory, surroundings
 
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
 
     from upcycle.convert.beside import Beside
     from upcycle.train.config import TrainConfig
-    from upcycle.train.equip import Equipment
+    from upcycle.train.start import Start
 
 ORDER_HASHED = 10_000  # samples; an order is one function of the position, so its start identifies it
 
@@ -148,13 +147,22 @@ def prepare_run(config: TrainConfig, ranks: Ranks) -> Run:
     equipment = equip(start, config)
     if config.activation_checkpointing:
         start.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    corpus = build_corpus(config.data, start.tokenizer, sequence_length=config.sequence_length)
+    objective = kind_of(config)
+    corpus = objective.samples(config, start)
     return Run(
         config=config,
         start=start,
         corpus=corpus,
         record=record,
-        module=_module(config, start, equipment, ranks),
+        module=TrainingModule(
+            start.model,
+            moe=start.moe,
+            routing=equipment.routing,
+            objective=objective.make(config, start, corpus),
+            config=config,
+            steps=equipment.steps,
+            ranks=ranks,
+        ),
         kernel=equipment.kernel,
         steps=equipment.steps,
         flops_per_step=equipment.flops_per_step,
@@ -176,13 +184,11 @@ def check_options(config: TrainConfig) -> None:
         "log_every": config.log_every,
         "checkpoint_every": config.checkpoint_every,
         "validation.every": config.validation.every,
-        "distill.temperature": config.distill.temperature,
     }
     for name, value in positive.items():
         if value <= 0:
             raise ConfigError(f"{name} is out of range", found=value, expected="above 0")
-    if not 0 <= config.distill.weight <= 1:
-        raise ConfigError("distill.weight is out of range", found=config.distill.weight, expected="0 to 1")
+    kind_of(config).check(config)
     if config.wandb.mode != "disabled":
         need(f"wandb.mode={config.wandb.mode}", "wandb")
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -208,23 +214,6 @@ def check_batch(config: TrainConfig, data_ranks: int) -> None:
             found=f"sequences={batch.sequences}, micro={batch.micro}",
             expected="a positive divisor, or null",
         )
-
-
-def _module(config: TrainConfig, start: Start, equipment: Equipment, ranks: Ranks) -> TrainingModule:
-    teacher = None
-    if config.distill.weight:
-        if start.source is None:
-            raise ConfigError("distillation needs a dense source", found="none", remedy="set distill.weight=0")
-        teacher = load_dense(start.source).requires_grad_(False)
-    return TrainingModule(
-        start.model,
-        moe=start.moe,
-        routing=equipment.routing,
-        teacher=teacher,
-        config=config,
-        steps=equipment.steps,
-        ranks=ranks,
-    )
 
 
 def _source_sha256(start: Start, config: TrainConfig) -> dict[str, str] | None:

@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
 from torch.nn import functional as F
 
 from upcycle.arch.head import CAUSAL, REWARD
@@ -17,6 +16,7 @@ from upcycle.models.heads import score_module
 from upcycle.routing.ratios import ratio
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from upcycle.arch.head import Head

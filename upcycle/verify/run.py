@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from upcycle.checkpoint import sha256_file
 from upcycle.arch.head import head_of
+from upcycle.checkpoint import sha256_file
 from upcycle.errors import ConfigError, SourceError
 from upcycle.models.config import read_config
 from upcycle.models.load import ffn_modules, load_checkpoint, load_dense

@@ -8,6 +8,7 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
+import rewards
 import torch
 import training
 
@@ -36,9 +37,14 @@ def test_the_schema_names_every_metric_and_no_other(
 ) -> None:
     distilled = tmp_path / "distilled"
     training.run(training.options(text, distilled, "model=dense", f"source='{text_model}'", "distill.weight=0.5"))
-    lines = [line for run in (moe_run, distilled) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scored = tmp_path / "scored"
+    ratings = rewards.rated(tmp_path / "ratings.jsonl")
+    training.run(rewards.options(ratings, scored, "model=dense", f"source='{text_model}'"))
+    lines = [line for run in (moe_run, distilled, scored) for line in (run / "metrics.jsonl").read_text().splitlines()]
     names = {name for line in lines for name in json.loads(line)} - {"step", "time"}
     general = {re.sub(r"layer_\d+", "layer_{layer}", name.replace("/text/", "/{domain}/")) for name in names}
+    attribute = "|".join(rewards.ATTRIBUTES)
+    general = {re.sub(f"/({attribute})/", "/{attribute}/", name) for name in general}
     assert general == {metric.name for metric in METRICS}
 
 

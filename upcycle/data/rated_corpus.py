@@ -108,7 +108,7 @@ def build_rated(
     """
     check_held_out(config.held_out)
     names, identity = config.rated(), tokenizer_identity(tokenizer)
-    rows = sorted(((_digest(row), row) for row in read_rated(config)), key=lambda each: each[0])
+    rows = sorted(((_digest(row), row) for row in read_rated(config)), key=lambda each: (each[0], each[1].labels))
     if not rows:
         raise ConfigError("there is no text", found="0 rows", expected="a row with text and a label")
     held_out = held_out_count([digest for digest, _ in rows], config.held_out)

@@ -1,7 +1,7 @@
 """Every metric that training reports: name, unit, and how a run's rows are reduced to one number.
 
-Knows nothing else. A name with `{domain}`, `{attribute}` or `{layer}` stands for one metric per domain, attribute or MoE
-layer.
+Knows nothing else. A name with `{domain}`, `{attribute}` or `{layer}` stands for one metric per domain, attribute
+or MoE layer.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
-from upcycle.data.config import KINDS, MIXTURE, DataConfig
+from upcycle.data.config import KINDS, MIXTURE, RATED, DataConfig
 from upcycle.options.arguments import CONF
 
 SHIPPED = {file.stem: file for file in sorted((CONF / "data").glob("*.yaml"))}
@@ -17,6 +17,9 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "text": {"files": "*.txt"},
     "hf": {"path": "somewhere"},
     "mixture": {"domains": {"code": {"name": "python_stdlib", "weight": 1}}},
+    "attributes": {"files": "*.jsonl", "attributes": ["helpfulness"]},
+    "textblob": {},
+    "vader": {},
 }
 
 
@@ -26,14 +29,14 @@ def composed(name: str, **changes: Any) -> dict[str, Any]:
 
 
 def test_every_kind_ships() -> None:
-    assert set(SHIPPED) == {*KINDS, MIXTURE}
+    assert set(SHIPPED) == {*KINDS, MIXTURE, *RATED}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_it_is_valid(name: str) -> None:
     config = TypeAdapter(DataConfig).validate_python(composed(name))
     assert config.name == name
-    assert config.sources()
+    assert config.rated() if name in RATED else config.sources()
 
 
 def test_the_default_is_that_of_the_dataclass() -> None:

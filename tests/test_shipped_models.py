@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from upcycle.models.text import DEFAULT_TEXT
 
 ROOT = Path(__file__).parent.parent
-MODELS = {"stdlib-250k": "stdlib_250k", "stdlib-2m": "stdlib_2m"}
+MODELS = {"stdlib-250k": "stdlib_250k", "stdlib-2m": "stdlib_2m", "stdlib-hybrid": "stdlib_hybrid"}
 
 
 def test_their_size() -> None:
@@ -24,10 +24,10 @@ def test_their_size() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_they_are_what_their_experiment_trains(name: str) -> None:
     config = json.loads((ROOT / "models" / name / "upcycle_manifest.json").read_text())["training"]["config"]
-    given = OmegaConf.load(ROOT / "conf/experiment/stdlib_250k.yaml")
-    experiment = OmegaConf.to_container(
-        OmegaConf.merge(given, OmegaConf.load(ROOT / f"conf/experiment/{MODELS[name]}.yaml"))
-    )
+    given = OmegaConf.load(ROOT / f"conf/experiment/{MODELS[name]}.yaml")
+    if "stdlib_250k" in given.defaults:
+        given = OmegaConf.merge(OmegaConf.load(ROOT / "conf/experiment/stdlib_250k.yaml"), given)
+    experiment = OmegaConf.to_container(given)
     assert isinstance(experiment, dict)
     assert config["architecture"] == experiment["architecture"]
     assert config["budget"]["steps"] == experiment["budget"]["steps"]

@@ -89,6 +89,7 @@ class Ahead:
         depths: config field that says how many tokens ahead, one after the other; each has layers of its own.
         pattern: the kinds of the layers of one depth, by the fields of config.json.
         as_model: the fields of config.json of a model that has the layers of one depth and no others.
+        fields: those that say that a model has one depth, with layers of these kinds.
         first, last: more tensors of the first and the last layer of a depth.
     """
 
@@ -96,6 +97,7 @@ class Ahead:
     depths: str
     pattern: Callable[[Mapping[str, Any]], tuple[str, ...]]
     as_model: Callable[[Mapping[str, Any]], dict[str, Any]]
+    fields: Callable[[tuple[str, ...]], dict[str, Any]]
     first: Mapping[str, str]
     last: Mapping[str, str]
 

@@ -8,6 +8,7 @@ Shapes: B sequences, L tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from upcycle.arch.family import Family
+    from upcycle.checkpoint import TensorReader
 
 NAME = "mtp"
 
@@ -54,6 +56,7 @@ class AheadBlock(nn.Module):
         self.layers[0].eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
         nn.init.normal_(self.layers[0].eh_proj.weight, std=config.initializer_range)
         self.layers[-1].final_layernorm = norm
+        self.config = alone
         self._trunk = [trunk]  # in a list: its modules are already this one's
 
     def forward(self, hidden_BLH: Tensor, embedded_BLH: Tensor) -> Tensor:
@@ -98,6 +101,84 @@ class AheadBlock(nn.Module):
         """Take over stored tensors, by their names after the prefix; routed experts may be stored one by one."""
         for name, parameter in self.layers.state_dict().items():
             parameter.copy_(stored[name] if name in stored else torch.stack(list(_one_by_one(stored, name))))
+
+
+def attach(model: PreTrainedModel, kinds: tuple[str, ...] | None = None) -> AheadBlock:
+    """Give a model a block, with random weights, and say so in its configuration.
+
+    Args:
+        model: of a family that has such layers.
+        kinds: of the block's layers; None takes what its configuration says.
+
+    Raises:
+        ConfigError: its family has no such layers; or it has several blocks, of which only one is trained.
+    """
+    config: Any = model.config
+    ahead = ahead_family(config).ahead
+    assert ahead
+    for name, value in (ahead.fields(kinds) if kinds else {}).items():
+        setattr(config, name, value)
+    depths = getattr(config, ahead.depths)
+    if depths != 1:
+        raise ConfigError(
+            "only one block for multi-token prediction is trained, applied as often as asked",
+            found=f"{ahead.depths}={depths}",
+            expected="1",
+            remedy="set mtp.start=none, copy or random",
+        )
+    block = AheadBlock(config)
+    model.add_module(NAME, block.train(model.training))
+    return block
+
+
+def detach(model: PreTrainedModel) -> bool:
+    """Say in a model's configuration that it has no such layers; whether it said otherwise."""
+    config: Any = model.config
+    family = FAMILIES.get(config.model_type)
+    if family is None or family.ahead is None or not getattr(config, family.ahead.depths, 0):
+        return False
+    setattr(config, family.ahead.depths, 0)
+    return True
+
+
+def stored_block(family: Family, reader: TensorReader) -> dict[str, Tensor]:
+    """The tensors of such layers in files, by their names after the prefix; empty where there are none."""
+    assert family.ahead
+    prefix = family.ahead.layer.partition("{")[0]
+    return {name.removeprefix(prefix): reader.read(name) for name in reader.tensors if name.startswith(prefix)}
+
+
+@contextmanager
+def before_head(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """A list to which every forward pass adds what the head takes, [B, L, H]."""
+    seen: list[Tensor] = []
+    head: Any = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _head, inputs: seen.append(inputs[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def ahead_logits(
+    model: PreTrainedModel, block: AheadBlock, hidden_BLH: Tensor, labels_BL: Tensor, *, depths: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits [B, L - k, V] and the tokens that they should predict [B, L - k], for every depth k from 1.
+
+    At position t, depth k knows the tokens up to t + k, and predicts the one after it.
+
+    Args:
+        model: the block's model.
+        block: applied once for each depth, to its own output.
+        hidden_BLH: what the model's head takes.
+        labels_BL: the token after each position.
+        depths: how many.
+    """
+    embed: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    for depth in range(1, depths + 1):
+        hidden_BLH = block(hidden_BLH[:, :-1], embed(labels_BL[:, depth - 1 : -1]))
+        yield head(hidden_BLH), labels_BL[:, depth:]
 
 
 def ahead_family(config: Any) -> Family:

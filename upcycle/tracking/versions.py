@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 # Options that came later, and what all did before: group ("" for none), name -> value.
 LATER: dict[tuple[str, str], Any] = {
     ("", "objective"): "causal_lm",
+    ("", "mtp"): {"start": "none", "depths": 2, "weight": 0.3},
     ("data", "attributes"): None,
     ("router", "release"): None,
     ("moe", "shared_neurons"): None,

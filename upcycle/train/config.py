@@ -129,6 +129,24 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MtpConfig:
+    """`mtp.*`: a block that predicts tokens after the next one (multi-token prediction, arXiv 2412.19437).
+
+    Attributes:
+        start: none (no block), keep (the source's), copy (of the model's last layers, with its output as input) or
+            random.
+        depths: how many further tokens; the block is applied once for each (arXiv 2512.20856).
+        weight: of their mean cross entropy, which is added to the next token's.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
+
+    start: str
+    depths: int
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """`upcycle train`.
 
@@ -146,7 +164,7 @@ class TrainConfig:
         kernel: expert kernel by name.
         router, balance: routing and its balancing.
         data, sequence_length: the text, and tokens per sequence.
-        budget, batch, optim, schedule, distill, validation: see their classes.
+        budget, batch, optim, schedule, distill, mtp, validation: see their classes.
         precision: float32, or bfloat16 (mixed: weights and optimizer stay in float32).
         device: auto, cpu or cuda.
         activation_checkpointing: recompute activations in the backward pass.
@@ -185,6 +203,7 @@ class TrainConfig:
     optim: OptimConfig
     schedule: ScheduleConfig
     distill: DistillConfig
+    mtp: MtpConfig
     validation: ValidationConfig
     precision: Literal["float32", "bfloat16"]
     device: Literal["auto", "cpu", "cuda"]

@@ -11,7 +11,7 @@ from upcycle.kernels.select import install_kernel
 from upcycle.routing.install import install_routers
 from upcycle.routing.release import joint
 from upcycle.train.device import device_of
-from upcycle.train.flops import TRAINING_PASSES, forward_flops
+from upcycle.train.flops import TRAINING_PASSES, ahead_flops, forward_flops
 from upcycle.train.schedule import budget_steps, check_schedule
 
 if TYPE_CHECKING:
@@ -52,7 +52,9 @@ def equip(start: Start, config: TrainConfig) -> Equipment:
         random = config.model == "scratch"
         routing = install_routers(start.model, start.moe, config.router, config.balance, random=random)
     tokens_per_step = config.batch.sequences * config.sequence_length
-    per_token = TRAINING_PASSES * forward_flops(start.model, start.moe, sequence_length=config.sequence_length)
+    length = config.sequence_length
+    forward = forward_flops(start.model, start.moe, sequence_length=length)
+    per_token = TRAINING_PASSES * (forward + ahead_flops(start.model, sequence_length=length, depths=config.mtp.depths))
     flops_per_step = per_token * tokens_per_step
     steps = budget_steps(config.budget, tokens_per_step=tokens_per_step, flops_per_step=flops_per_step)
     check_schedule(config.schedule, steps=steps)

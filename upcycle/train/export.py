@@ -14,11 +14,12 @@ from torch import nn
 from upcycle.arch.engines import Serving, serving
 from upcycle.arch.head import attributes_of, head_of
 from upcycle.arch.targets import TARGETS
-from upcycle.checkpoint import Staging
+from upcycle.checkpoint import Staging, open_reader
 from upcycle.convert.beside import gathered
 from upcycle.convert.card import trained_card
 from upcycle.convert.prepare import check_apart
 from upcycle.errors import ConfigError, OutputError
+from upcycle.models.ahead import NAME, ahead_block, ahead_family, attach, stored_block
 from upcycle.models.auxiliary import GENERATION_CONFIG
 from upcycle.models.config import load_config, read_config
 from upcycle.models.heads import auto_class
@@ -137,6 +138,8 @@ def _model(
     exported, moe = exported_config(description, trained, manifest, groups)
     kind = auto_class(head_of(exported.to_dict()))
     model: PreTrainedModel = kind.from_config(exported, dtype=torch.float32)
+    if any(name.startswith(f"{NAME}.") for name in state):
+        attach(model)
     model.load_state_dict(state)
     model.eval()
     return model, moe
@@ -181,8 +184,12 @@ def _check_loads(
     """Check that every tensor was kept as training left it, and that plain transformers loads what was written."""
     dtype = model.dtype
     kind = auto_class(head_of(read_config(directory)))
-    loaded = kind.from_pretrained(directory, dtype=dtype).state_dict()
-    kept = model.state_dict()
+    again = kind.from_pretrained(directory, dtype=dtype)
+    if ahead_block(model):
+        block = attach(again)
+        block.fill(stored_block(ahead_family(again.config), open_reader(directory)))
+        block.to(dtype)
+    loaded, kept = again.state_dict(), model.state_dict()
     differing = [
         *(name for name, value in trained.items() if not torch.equal(kept[name], value.to(kept[name].dtype))),
         *(name for name, value in written.state_dict().items() if not torch.equal(loaded[name], value)),

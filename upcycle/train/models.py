@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +41,7 @@ from upcycle.models.padding import without_padding
 from upcycle.models.source import expanded, open_source
 from upcycle.options.config import ConvertConfig
 from upcycle.parallel.rank_layout import check_experts, check_heads
+from upcycle.train.ahead import settle_ahead
 from upcycle.train.heads import new_head
 from upcycle.train.objectives.choose import kind_of
 from upcycle.train.start import Start
@@ -60,7 +60,6 @@ if TYPE_CHECKING:
     from upcycle.train.config import TrainConfig
 
 BYTES = "bytes"
-_log = logging.getLogger("upcycle")
 
 
 def start_model(config: TrainConfig, ranks: Ranks = ALONE) -> Start:
@@ -82,23 +81,12 @@ def start_model(config: TrainConfig, ranks: Ranks = ALONE) -> Start:
         if ranks.layout.data > 1:
             check_units(start.model)
         settle(start.model)
-    _leave_ahead(start.model)
+    settle_ahead(start, config.mtp, ranks)
     if scored:
         settle_padding(start.model, start.tokenizer)
     start.model.train()
     check_fits(start.model, start.tokenizer, config.sequence_length)
     return start
-
-
-def _leave_ahead(model: PreTrainedModel) -> None:
-    """Say of a model what holds once it is loaded: that it has no layers for multi-token prediction."""
-    config: Any = model.config
-    family = FAMILIES.get(config.model_type)
-    if family is None or family.ahead is None:
-        return
-    if getattr(config, family.ahead.depths, 0):
-        _log.warning("layers for multi-token prediction are not trained, and what is exported has none")
-        setattr(config, family.ahead.depths, 0)
 
 
 def check_layout(start: Start, layout: RankLayout) -> None:

@@ -26,6 +26,7 @@ from upcycle.tracking.rows import keep_columns
 from upcycle.tracking.schema import SCHEMA_VERSION
 from upcycle.tracking.status import FAILED, FINISHED, RUNNING
 from upcycle.tracking.wandb_training import TrainingMirror
+from upcycle.train.ahead import check_ahead_options
 from upcycle.train.checkpoints import steps_done
 from upcycle.train.device import device_of
 from upcycle.train.equip import equip
@@ -189,6 +190,7 @@ def check_options(config: TrainConfig) -> None:
         if value <= 0:
             raise ConfigError(f"{name} is out of range", found=value, expected="above 0")
     kind_of(config).check(config)
+    check_ahead_options(config.mtp)
     if config.wandb.mode != "disabled":
         need(f"wandb.mode={config.wandb.mode}", "wandb")
     if config.device == "cuda" and not torch.cuda.is_available():

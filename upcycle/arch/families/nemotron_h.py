@@ -62,6 +62,10 @@ def ahead_as_model(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, "layers_block_type": names, "num_nextn_predict_layers": 0}
 
 
+def ahead_fields(kinds: tuple[str, ...]) -> dict[str, Any]:
+    return {"num_nextn_predict_layers": 1, "mtp_layers_block_type": [LETTERS[kind][0] for kind in kinds]}
+
+
 def symbols(config: Any) -> dict[str, int]:
     """Sizes of a Mamba-2 layer, and of a mixture of experts.
 
@@ -158,6 +162,7 @@ FAMILY = Family(
         depths="num_nextn_predict_layers",
         pattern=ahead_pattern,
         as_model=ahead_as_model,
+        fields=ahead_fields,
         first={"enorm.weight": "H", "hnorm.weight": "H", "eh_proj.weight": "H 2*H"},
         last={"final_layernorm.weight": "H"},
     ),

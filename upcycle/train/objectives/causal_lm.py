@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from upcycle.data.corpus import build_corpus
 from upcycle.errors import ConfigError
+from upcycle.evaluation.ahead import ahead_metrics
 from upcycle.evaluation.losses import domain_losses, perplexity
+from upcycle.models.ahead import ahead_block, ahead_logits, before_head
 from upcycle.models.load import load_dense
 from upcycle.train.objectives.objective import LOSS, Batch, Kind, Row, model_inputs
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
     from upcycle.data.corpus import Corpus
     from upcycle.distributed.ranks import Ranks
-    from upcycle.train.config import DistillConfig, TrainConfig
+    from upcycle.train.config import DistillConfig, MtpConfig, TrainConfig
     from upcycle.train.start import Start
 
 
@@ -33,31 +35,37 @@ class CausalLm:
     Args:
         corpus: the text, some of which may be held out.
         teacher: the dense model to distil from; None without distillation.
-        distill: the options.
+        distill, mtp: the options.
     """
 
     criterion = "val/loss"
 
-    def __init__(self, corpus: Corpus, teacher: PreTrainedModel | None, distill: DistillConfig) -> None:
-        self._corpus, self._teacher, self._distill = corpus, teacher, distill
+    def __init__(self, corpus: Corpus, teacher: PreTrainedModel | None, distill: DistillConfig, mtp: MtpConfig) -> None:
+        self._corpus, self._teacher, self._distill, self._mtp = corpus, teacher, distill, mtp
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
-        logits_BLV = _logits(model, batch)
+        block = ahead_block(model)
+        with before_head(model) as hidden:
+            logits_BLV = _logits(model, batch)
         cross_entropy = token_loss(logits_BLV, batch["labels"])
-        if self._teacher is None:
-            return {LOSS: cross_entropy, "cross_entropy": cross_entropy}
-        distilled = self.distillation(logits_BLV, batch)
-        weight = self._distill.weight
-        loss = (1 - weight) * cross_entropy + weight * self._distill.temperature**2 * distilled
-        return {LOSS: loss, "cross_entropy": cross_entropy, "distill_loss": distilled}
+        parts, loss = {"cross_entropy": cross_entropy}, cross_entropy
+        if self._teacher is not None:
+            parts["distill_loss"] = distilled = self.distillation(logits_BLV, batch)
+            weight = self._distill.weight
+            loss = (1 - weight) * cross_entropy + weight * self._distill.temperature**2 * distilled
+        if block:
+            ahead = ahead_logits(model, block, hidden[0], batch["labels"], depths=self._mtp.depths)
+            parts["mtp_loss"] = torch.stack([token_loss(logits, tokens) for logits, tokens in ahead]).mean()
+            loss = loss + self._mtp.weight * parts["mtp_loss"]
+        return {LOSS: loss, **parts}
 
     def tokens(self, batch: Batch) -> int:
         return batch["labels"].numel()
 
     def row(self, parts: dict[str, float]) -> Row:
         loss = parts.pop("cross_entropy")
-        distilled = {"train/distill_loss": parts.pop("distill_loss")} if "distill_loss" in parts else {}
-        return {"train/loss": loss, "train/perplexity": math.exp(loss), **distilled}
+        more = {f"train/{name}": parts.pop(name) for name in ("distill_loss", "mtp_loss") if name in parts}
+        return {"train/loss": loss, "train/perplexity": math.exp(loss), **more}
 
     def held_out(self, model: PreTrainedModel, *, batch_size: int, samples: int | None, ranks: Ranks) -> Row:
         held_out = self._corpus.held_out
@@ -67,6 +75,9 @@ class CausalLm:
         for domain, (loss, _) in losses.items():
             row[f"val/{domain}/loss"] = loss
             row[f"val/{domain}/nats_per_byte"] = loss / self._corpus.bytes_per_token[domain]
+        measured = ahead_metrics(model, held_out, batch_size=batch_size, windows=samples, depths=self._mtp.depths)
+        for depth, found in enumerate(measured, start=1):
+            row |= {f"val/mtp_{depth}/loss": found.loss, f"val/mtp_{depth}/accepted": found.accepted}
         return row
 
     def distillation(self, logits_BLV: Tensor, batch: Batch) -> Tensor:
@@ -110,7 +121,7 @@ def _make(config: TrainConfig, start: Start, corpus: Corpus) -> CausalLm:
         if start.source is None:
             raise ConfigError("distillation needs a dense source", found="none", remedy="set distill.weight=0")
         teacher = load_dense(start.source).requires_grad_(False)
-    return CausalLm(corpus, teacher, config.distill)
+    return CausalLm(corpus, teacher, config.distill, config.mtp)
 
 
 KIND = Kind(attributes=lambda _config: None, check=_check, samples=_samples, make=_make)

@@ -18,6 +18,7 @@ class EvaluateConfig:
         data: the text, or for a reward model the texts with attributes, of which the held-out part is used.
         sequence_length: tokens per window; null takes the model's positions, at most 1024.
         tokens: held-out tokens to use of each domain, rounded down to whole windows; null takes all.
+        mtp_depths: how many tokens after the next one a model with layers for multi-token prediction guesses.
         tasks: names of tasks of the lm-evaluation-harness.
         output: JSON file to write the result to.
         format: table or json.
@@ -29,6 +30,7 @@ class EvaluateConfig:
     data: DataConfig
     sequence_length: int | None
     tokens: int | None
+    mtp_depths: int
     tasks: list[str]
     output: str | None
     format: str

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from upcycle.models.ahead import load_block
 from upcycle.models.load import check_fits, load_checkpoint, load_dense, load_tokenizer, load_tokenizer_from
 from upcycle.models.source import expanded, open_source
 
@@ -29,6 +30,7 @@ def load_model(given: str, *, sequence_length: int | None) -> tuple[PreTrainedMo
     """
     if expanded(given).is_dir():
         model, tokenizer = load_checkpoint(expanded(given)), load_tokenizer_from(expanded(given))
+        load_block(model, expanded(given))
     else:
         source = open_source(given)
         model, tokenizer = load_dense(source), load_tokenizer(source)

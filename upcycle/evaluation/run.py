@@ -13,6 +13,7 @@ from upcycle.arch.head import CAUSAL, REWARD, attributes_of, head_of
 from upcycle.data.corpus import build_corpus
 from upcycle.data.rated_corpus import build_rated
 from upcycle.errors import ConfigError
+from upcycle.evaluation.ahead import ahead_metrics
 from upcycle.evaluation.harness import Harness
 from upcycle.evaluation.losses import domain_losses, perplexity
 from upcycle.evaluation.model import load_model
@@ -38,8 +39,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         config: the options.
 
     Returns:
-        Plain data: by domain, `loss` in nats per token, `perplexity`, `nats_per_byte` and the `tokens` predicted; or of
-        a reward model by attribute, `pearson`, `spearman` and `mse`; and the tasks' metrics.
+        Plain data: by domain, `loss` in nats per token, `perplexity`, `nats_per_byte` and the `tokens` predicted; of a
+        model with layers for multi-token prediction, by depth, their `loss` and the share `accepted`; or of a reward
+        model, by attribute, `pearson`, `spearman` and `mse`; and the tasks' metrics.
 
     Raises:
         UpcycleError: a model, data or a task that cannot be used.
@@ -74,12 +76,12 @@ def _held_out(
             remedy="raise tokens or lower sequence_length",
         )
     corpus = build_corpus(config.data, tokenizer, sequence_length=length)
-    losses = domain_losses(
-        model,
-        corpus.held_out,
-        batch_size=max(1, TOKENS_AT_ONCE // length),
-        windows=config.tokens and config.tokens // length,
-    )
+    used: dict[str, Any] = {
+        "batch_size": max(1, TOKENS_AT_ONCE // length),
+        "windows": config.tokens and config.tokens // length,
+    }
+    losses = domain_losses(model, corpus.held_out, **used)
+    ahead = ahead_metrics(model, corpus.held_out, **used, depths=config.mtp_depths)
     domains = {
         name: {
             "loss": loss,
@@ -89,7 +91,9 @@ def _held_out(
         }
         for name, (loss, tokens) in losses.items()
     }
-    return {"data": {"name": config.data.name, "hash": corpus.hash}, "domains": domains}
+    guesses = [{"tokens_ahead": depth, **each._asdict()} for depth, each in enumerate(ahead, start=2)]
+    more = {"mtp": guesses} if guesses else {}
+    return {"data": {"name": config.data.name, "hash": corpus.hash}, "domains": domains, **more}
 
 
 def _rated(
@@ -141,15 +145,25 @@ def evaluation_table(found: Mapping[str, Any]) -> RenderableType:
     for name, row in found["domains"].items():
         cells = (f"{row['loss']:.5f}", f"{row['perplexity']:.3f}", f"{row['nats_per_byte']:.5f}", f"{row['tokens']:,}")
         domains.add_row(name, *cells)
+    tables = [domains, *([_ahead_table(found["mtp"])] if "mtp" in found else [])]
     if not found["tasks"]:
-        return domains
+        return Group(*tables)
     tasks = Table(box=box.SIMPLE, title="tasks of the lm-evaluation-harness")
     for column in ("task", "metric", "value", "standard error"):
         tasks.add_column(column, justify="left" if column in ("task", "metric") else "right")
     for row in found["tasks"]:
         stderr = "-" if row["stderr"] is None else f"{row['stderr']:.4f}"
         tasks.add_row(row["task"], row["metric"], f"{row['value']:.4f}", stderr)
-    return Group(domains, tasks)
+    return Group(*tables, tasks)
+
+
+def _ahead_table(guesses: list[dict[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE, title="multi-token prediction")
+    for column in ("tokens ahead", "nats per token", "accepted by the model"):
+        table.add_column(column, justify="right")
+    for row in guesses:
+        table.add_row(str(row["tokens_ahead"]), f"{row['loss']:.5f}", f"{row['accepted']:.2%}")
+    return table
 
 
 def _attributes_table(found: Mapping[str, Any], title: str) -> Table:

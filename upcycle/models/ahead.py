@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from upcycle.arch.families import FAMILIES
-from upcycle.errors import ConfigError
+from upcycle.checkpoint import open_reader
+from upcycle.errors import ConfigError, SourceError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     from transformers import PreTrainedModel
 
@@ -139,6 +141,27 @@ def detach(model: PreTrainedModel) -> bool:
         return False
     setattr(config, family.ahead.depths, 0)
     return True
+
+
+def load_block(model: PreTrainedModel, directory: Path) -> None:
+    """Give a model that was loaded from a directory the block that its configuration tells of, if it tells of one.
+
+    Raises:
+        ConfigError: it tells of several.
+        SourceError: the files do not have it whole.
+    """
+    config: Any = model.config
+    family = FAMILIES.get(config.model_type)
+    if family is None or family.ahead is None or not getattr(config, family.ahead.depths, 0):
+        return
+    stored = stored_block(family, open_reader(directory))
+    if not stored:
+        raise SourceError(
+            "config.json tells of layers for multi-token prediction that the files do not have",
+            found=f"{family.ahead.depths}={getattr(config, family.ahead.depths)} in {directory}",
+            remedy=f"set {family.ahead.depths} to 0, or download the complete checkpoint",
+        )
+    attach(model).fill(stored)
 
 
 def stored_block(family: Family, reader: TensorReader) -> dict[str, Tensor]:

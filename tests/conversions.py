@@ -38,8 +38,13 @@ ROUTER_STD = 2e-5
 TOLERANCE = {"softmax_topk": 6e-3, "topk_softmax": 1e-5}
 
 
-def options(source: Path | str, output: Path | str, *, init: str = "virtual_group", **changes: Any) -> ConvertConfig:
-    """Options of `convert`: E4G2T2, and what is named; names of `moe.*` and `init.*` are given without the prefix."""
+def options(
+    source: Path | str, output: Path | str, *, init: str = "virtual_group", latent_start: str = "exact", **changes: Any
+) -> ConvertConfig:
+    """Options of `convert`: E4G2T2, and what is named; names of `moe.*` and `init.*` are given without the prefix.
+
+    `latent` is of `moe`, and `latent_start` of `init`.
+    """
     moe = MoeConfig(
         expansion=4,
         granularity=2,
@@ -49,8 +54,9 @@ def options(source: Path | str, output: Path | str, *, init: str = "virtual_grou
         shared_neurons=None,
         layers="all",
         groups="auto",
+        latent=None,
     )
-    start = InitConfig(name=init, scaling="exact", router_std=ROUTER_STD, ratio=0.5, std=0.1)
+    start = InitConfig(name=init, scaling="exact", router_std=ROUTER_STD, ratio=0.5, std=0.1, latent=latent_start)
     request = ConvertConfig(
         source=str(source),
         output=str(output),
@@ -106,6 +112,7 @@ def planned(model: DenseModel, **changes: Any) -> Plan:
     """The plan for a model of which only the config is there."""
     request = options("source", "output", **changes)
     sizes: dict[str, Any] = {"ffn_width": model.ffn_width, "layers": model.ffn_layers}
+    sizes["hidden_size"] = model.hidden_size
     moe = moe_shape(request.moe, request.init, **sizes, order=own_order(model.family.model_type))
     target, why = select_target(request.target, model, moe, portable=request.portable)
     moe = settled(moe, request.init, target)

@@ -122,6 +122,47 @@ REQUESTS = {
     "drop neurons": Bad(
         ("init=drop", "init.neurons=coherant"), ("init.neurons", "independent"), "coherant", "did you mean coherent?"
     ),
+    "latent": Bad(("moe.latent=17",), ("moe.latent is out of range", "1 to 16, the hidden size"), found="17"),
+    "latent a word": Bad(("moe.latent=half",), ("moe.latent is not valid",), found="half"),
+    "latent start": Bad(
+        ("moe.latent=8", "init.latent=exakt"), ("init.latent", "compress"), "exakt", remedy="did you mean exact?"
+    ),
+    "compress without latents": Bad(
+        ("init.latent=compress",),
+        ("init.latent=compress is for a moe.latent below the hidden size",),
+        found="moe.latent=null",
+        remedy="set moe.latent=8",
+    ),
+    "exact without the whole FFN": Bad(
+        ("moe.latent=8", "moe.shared_neurons=4"),
+        ("with init.latent=exact the shared expert is the whole FFN",),
+        found="moe.shared_neurons=4",
+        remedy="set moe.shared_neurons=all",
+    ),
+    "compress with the whole FFN": Bad(
+        ("moe.latent=8", "init.latent=compress", "moe.shared_neurons=all"),
+        ("takes neurons of the FFN",),
+        found="moe.shared_neurons=all",
+        remedy="set moe.shared_neurons=NUMBER",
+    ),
+    "compress what is random": Bad(
+        ("moe.latent=8", "init.latent=compress", "init=random"),
+        ("init.latent=compress keeps what init=random draws anew",),
+        found="init=random",
+        remedy="leave init.latent out",
+    ),
+    "too few tokens for latents": Bad(
+        ("moe.latent=8", "init.latent=compress", "calibration_tokens=63"),
+        ("calibration_tokens is too small", "64, or more"),
+        found="63",
+        remedy="set calibration_tokens=64",
+    ),
+    "native target without latents": Bad(
+        ("moe.latent=8", "target=qwen2_moe"),
+        ("target=qwen2_moe cannot express",),
+        found="moe.latent is 8, it can express null",
+        remedy="set target=upcycled_moe",
+    ),
     "target": Bad(("target=mixtrall",), ("unknown target", "upcycled_moe"), "mixtrall", "did you mean mixtral?"),
     "dtype": Bad(("dtype=bfloat17",), ("unknown dtype", "float32"), "bfloat17", "did you mean bfloat16"),
     "shard size without a unit": Bad(("max_shard_size=5",), ("max_shard_size",), found="5"),

@@ -45,6 +45,7 @@ TYPES = {
     "dense": ("model=dense",),
     "shared": (*UPCYCLE, "target=qwen2_moe", "moe.shared_experts=1"),
     "tied": (*UPCYCLE, "target=mixtral", "moe.router_order=topk_softmax"),
+    "latent": (*UPCYCLE, "target=upcycled_moe", "moe.latent=16"),
     # Four rows a group: a rank of four holds half of one.
     "groups_tied": (*GROUPED, "moe.groups=tied"),
     "groups_whole": (*GROUPED, "moe.groups=whole"),
@@ -56,7 +57,7 @@ TYPES = {
 HOLDING = [kind for kind in TYPES if kind.startswith("groups_")]
 MAIN_LAYOUTS, MAIN_TYPES = list(LAYOUTS)[:4], list(TYPES)[:6]
 CASES = [(kind, layout) for kind in MAIN_TYPES for layout in MAIN_LAYOUTS]
-CASES += [(kind, layout) for kind in ("shared", "tied") for layout in ("fsdp2 x ep2", "fsdp2 x tp2 x ep4")]
+CASES += [(kind, layout) for kind in ("shared", "tied", "latent") for layout in ("fsdp2 x ep2", "fsdp2 x tp2 x ep4")]
 CASES += [(kind, layout) for kind in ("qwen2_moe", "upcycled_moe") for layout in ("fsdp4 x ep2", "fsdp2 x tp2 x ep2")]
 CASES += [(kind, layout) for kind in HOLDING for layout in ("fsdp2 x ep2", "fsdp2 x tp2 x ep4")]
 CASES += [("hybrid", layout) for layout in ("fsdp2", "fsdp2 x ep2")] + [("hybrid_dense", "fsdp2")]

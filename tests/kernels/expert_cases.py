@@ -25,6 +25,7 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6}
 def make_experts(
     *,
     hidden: int = HIDDEN,
+    latent: int | None = None,
     width: int = WIDTH,
     activation: str = "silu",
     gated: bool = True,
@@ -39,6 +40,7 @@ def make_experts(
         num_experts=EXPERTS,
         num_experts_per_tok=1,
         moe_intermediate_size=width,
+        moe_latent_size=latent,
         moe_layers=[0],
         ffn_path="model.layers.{layer}.mlp",
         gated=gated,

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from expert_cases import ROUTINGS, TOLERANCE, assert_matches_reference, assert_same, inputs, make_experts, results
+from expert_cases import (
+    HIDDEN,
+    ROUTINGS,
+    TOLERANCE,
+    assert_matches_reference,
+    assert_same,
+    inputs,
+    make_experts,
+    results,
+)
 from torch.utils.checkpoint import checkpoint
 
 from upcycle.kernels.experts import activate
@@ -32,6 +41,15 @@ SHAPES = {
 @pytest.mark.parametrize(("kernel", "dtype"), [(k, d) for k in KERNELS for d in TOLERANCE if (k, d) != NO_FLOAT64])
 def test_outputs_and_gradients_are_the_references(kernel, dtype, shape, routing):
     assert_matches_reference(kernel, make_experts(dtype=dtype, **SHAPES[shape]), inputs(routing, dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_experts_in_fewer_dimensions(kernel, shape):
+    """Half the hidden size: kernels read sizes from the weights, and nowhere else."""
+    experts = make_experts(latent=HIDDEN // 2, dtype=torch.float32, **SHAPES[shape])
+    assert experts.down_proj.shape[1] == HIDDEN // 2
+    assert_matches_reference(kernel, experts, inputs("top_3", hidden=HIDDEN // 2, dtype=torch.float32))
 
 
 def test_the_reference_is_the_sum_over_experts():

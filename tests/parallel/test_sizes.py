@@ -18,6 +18,7 @@ REQUESTS = {
     "plain": {},
     "shared experts, one dense layer": {"shared_experts": 2, "layers": [1]},
     "top 4": {"top_k": 4},
+    "latent": {"latent": 16},
 }
 
 

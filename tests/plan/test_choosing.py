@@ -85,4 +85,4 @@ def test_native_types_take_plain_top_k(groups, target):
 def test_refused(changes, says):
     request = options("source", "output", **changes)
     with pytest.raises(ConfigError, match=says):
-        moe_shape(request.moe, request.init, ffn_width=96, layers=range(6))
+        moe_shape(request.moe, request.init, ffn_width=96, hidden_size=32, layers=range(6))

@@ -19,6 +19,7 @@ REQUESTS = {
     "two_groups_in_one_layer": {"top_k": 4, "layers": [1]},
     "generic": {"target": "upcycled_moe", "expansion": 3, "granularity": 3, "top_k": 3},
     "normalised": {"router_order": "topk_softmax"},
+    "latent": {"target": "upcycled_moe", "latent": 16},
     "for_transformers_alone": {"portable": False},
 }
 # Products with weights. What is left out is attention: its own operator, or batched products.

@@ -13,13 +13,13 @@ from upcycle.convert.prepare import parse_size
 from upcycle.errors import ConfigError
 from upcycle.plan.request import check_init, moe_layers, moe_shape
 
-WIDTH, LAYERS = 96, range(6)
+WIDTH, HIDDEN, LAYERS = 96, 32, range(6)
 SIGMOID = {"router_order": "sigmoid_topk"}
 
 
 def shape(**changes):
     request = options("source", "output", **changes)
-    return moe_shape(request.moe, request.init, ffn_width=WIDTH, layers=LAYERS)
+    return moe_shape(request.moe, request.init, ffn_width=WIDTH, hidden_size=HIDDEN, layers=LAYERS)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ def options(model: str = "upcycle", *, granularity: int = 2, **more: Any) -> dic
     """What was recorded before `moe.groups`."""
     router = {"score": None, "select_groups": more.get("select_groups")}
     moe = {"granularity": granularity, "top_k": 2, "router_order": "softmax_topk"}
-    return {"model": model, "moe": moe, "router": router, "balance": {"aux_loss": 0.01}, "seed": 0}
+    balance, init = {"aux_loss": 0.01}, {"name": "virtual_group"}
+    return {"model": model, "moe": moe, "init": init, "router": router, "balance": balance, "seed": 0}
 
 
 @pytest.mark.parametrize(
@@ -56,8 +57,8 @@ def test_what_differs_stays_different() -> None:
     now = upgraded(options())
     for groups in ("auto", "tied", "whole", "positions"):
         assert recorded({**now, "moe": {**now["moe"], "groups": groups}}) != recorded(now)
-    shared = {**now, "moe": {**now["moe"], "shared_neurons": 8}}
-    assert recorded(shared) != recorded(now)
+    for group, name, value in (("moe", "shared_neurons", 8), ("moe", "latent", 8), ("init", "latent", "compress")):
+        assert recorded({**now, group: {**now[group], name: value}}) != recorded(now)
     released = {**now, "router": {**now["router"], "release": {"until": 0.3, "then": "free"}}}
     assert recorded(released) != recorded(now)
     checkpoint = upgraded(options("checkpoint"))

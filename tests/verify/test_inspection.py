@@ -35,6 +35,7 @@ def look(directory: Path) -> dict[str, object]:
         ("nemotron_h", {"router_order": "auto"}),
         ("nemotron_h_runs", {"router_order": "auto", "shared_neurons": 4}),
         ("nemotron_h_biases", {"router_order": "auto"}),
+        ("llama", {"latent": 16}),
     ],
 )
 def test_shape_provenance_and_similarity(
@@ -49,6 +50,7 @@ def test_shape_provenance_and_similarity(
     assert shape["name"] == moe.name
     assert shape["router_order"] == moe.router_order
     assert shape["layers"] == list(moe.layers)
+    assert shape["latent"] == moe.latent
     assert found["provenance"]["source"]["given"] == str(dense(name))
     for layer in found["similarity"]:
         assert layer["across_groups"] == pytest.approx(1.0, abs=1e-6)

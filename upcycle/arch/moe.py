@@ -8,6 +8,7 @@ from typing import Literal
 RouterOrder = Literal["softmax_topk", "topk_softmax", "sigmoid_topk"]
 Shared = Literal["copies", "part", "whole"]
 Groups = Literal["auto", "free", "tied", "whole", "positions"]
+LatentStart = Literal["exact", "compress"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class MoeShape:
         shared_width: its neurons, 0 where there is none.
         layers: indices of the layers that become MoE.
         groups: how experts of virtual groups are chosen, as `ExpertSelection` says; auto until the type is known.
+        latent: L, the size in which routed experts compute (LatentMoE, arXiv 2601.18089); None: in the hidden size.
     """
 
     expansion: int
@@ -38,6 +40,7 @@ class MoeShape:
     shared_width: int
     layers: tuple[int, ...]
     groups: Groups
+    latent: int | None = None
 
     @property
     def experts(self) -> int:

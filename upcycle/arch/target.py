@@ -31,6 +31,7 @@ class Layout:
         shared: matrix -> name of the shared expert; empty where the type has none.
         shared_gate: weight [1, H] of the sigmoid in front of the shared expert; None where there is none.
         shared_least: width of the shared expert where none is asked for; None where there are no tensors then.
+        latent: names of the projections [L, H] before and [H, L] after the routed experts; None where there are none.
     """
 
     prefix: str = ""
@@ -40,6 +41,7 @@ class Layout:
     shared: Mapping[Matrix, str] = field(default_factory=dict)
     shared_gate: str | None = None
     shared_least: int | None = None
+    latent: tuple[str, str] | None = None
 
 
 def matrices(names: Mapping[Matrix, str], *, gated: bool) -> tuple[Matrix, ...]:
@@ -172,6 +174,7 @@ class Target:
             (moe.router_order not in self.router_orders, "router order", moe.router_order, self.router_orders[0]),
             (moe.shared_width > 0 and not self.shared, "shared experts", f"of width {moe.shared_width}", "none"),
             (len(moe.layers) < len(model.ffn_layers) and not self.dense_layers, "dense layers", "some", "none"),
+            (moe.latent is not None and self.layout.latent is None, "moe.latent", str(moe.latent), "null"),
             (moe.groups in ("whole", "positions"), "moe.groups", moe.groups, _PLAIN_TOP_K),
         ]
         return [Objection(field=name, found=found, expressible=can) for wrong, name, found, can in checks if wrong]

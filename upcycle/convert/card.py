@@ -28,6 +28,7 @@ def model_card(manifest: Mapping[str, Any], conversion: Conversion, remarks: Seq
     moe, cost = plan.moe, manifest["cost"]
     step_0 = "\n".join(f"- {line}" for line in plan.losses) or "- equals the dense model up to rounding"
     notes = "\n".join(f"- {line}" for line in plan.notes)
+    latent = f"\n| latent | routed experts compute in {moe.latent} dimensions |" if moe.latent else ""
     zeros = ""
     if cost["padding_bytes"]:
         zeros = (
@@ -48,7 +49,7 @@ tags: [moe, upcycling, {plan.target}]
 | type | `{plan.target}` |
 | experts | {moe.experts} (E {moe.expansion} x G {moe.granularity}), {moe.top_k} active, {moe.shared_experts} shared |
 | router | {moe.router_order}, `init.router_std={plan.router_std:g}`, `moe.groups={moe.groups}` |
-| initialization | {plan.init.name}, scaling {plan.init.scaling} |
+| initialization | {plan.init.name}, scaling {plan.init.scaling} |{latent}
 | MoE layers | {len(moe.layers)} |
 | parameters | {cost["parameters"]:,}, {cost["active_parameters"]:,} active (dense {cost["dense_parameters"]:,}) |
 | matmul FLOPs per token | {cost["flops_per_token"]:,} (dense {cost["dense_flops_per_token"]:,}) |{zeros}

@@ -43,6 +43,7 @@ def manifest_json(conversion: Conversion, config: ConvertConfig, hashes: Mapping
         "plan_sha256": conversion.plan.fingerprint(),
         "versions": versions(),
         "cost": asdict(conversion.cost),
+        **({"latent": described["latent"]} if "latent" in described else {}),
         **{name: described[name] for name in ("target", "why", "moe", "init", "losses", "notes", "scaling", "dropped")},
         "tensors": {name: tensor["from"] for name, tensor in described["tensors"].items()},
     }

@@ -11,10 +11,24 @@ from torch import Tensor
 from upcycle.errors import SourceError
 from upcycle.init.experts import add_noise, drop_neurons, normal, row_blocks
 from upcycle.init.rng import generator
-from upcycle.plan.parts import AddNoise, Beside, Constant, DropNeurons, Normal, Part, Take, Whole
+from upcycle.plan.parts import (
+    AddNoise,
+    Basis,
+    Beside,
+    Constant,
+    DropNeurons,
+    Identity,
+    Normal,
+    Part,
+    Pick,
+    Projected,
+    Shard,
+    Take,
+    Whole,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from upcycle.plan.tensors import TargetTensor
 
@@ -27,11 +41,13 @@ class Materialiser:
     Args:
         read: returns a source tensor by name, memory-mapped where the format allows it.
         seed: seed of everything random.
+        bases: computed matrices by name; None where no part needs one.
     """
 
-    def __init__(self, read: Callable[[str], Tensor], seed: int) -> None:
+    def __init__(self, read: Callable[[str], Tensor], seed: int, bases: Mapping[str, Tensor] | None = None) -> None:
         self._read = read
         self._seed = seed
+        self._bases = bases or {}
         self._open: OrderedDict[str, Tensor] = OrderedDict()
 
     def tensor(self, target: TargetTensor, dtype: torch.dtype) -> Tensor:
@@ -59,14 +75,14 @@ class Materialiser:
         match part:
             case Whole():
                 yield from (block.to(dtype) for block in row_blocks(self._read(part.source)))
-            case Take():
-                yield from (_scaled(block, part.factor, dtype) for block in row_blocks(self._rectangle(part)))
+            case Take() | Pick() | Projected():
+                yield from (_scaled(block, part.factor, dtype) for block in row_blocks(self._shard(part)))
             case Beside():
                 rows = zip(*(self._blocks(each, dtype) for each in part.parts), strict=True)
                 yield from (torch.cat(blocks, dim=1) for blocks in rows)
             case DropNeurons():
                 made = drop_neurons(
-                    self._rectangle(part.base),
+                    self._shard(part.base),
                     neuron_axis=part.neuron_axis,
                     ratio=part.ratio,
                     neurons=generator(self._seed, part.neurons_key),
@@ -75,7 +91,7 @@ class Materialiser:
                 yield from (_scaled(block, part.base.factor, dtype) for block in made)
             case AddNoise():
                 values = generator(self._seed, part.key)
-                made = add_noise(self._rectangle(part.base), std=part.std, fraction=part.fraction, values=values)
+                made = add_noise(self._shard(part.base), std=part.std, fraction=part.fraction, values=values)
                 yield from (_scaled(block, part.base.factor, dtype) for block in made)
             case Normal():
                 values = generator(self._seed, part.key)
@@ -83,6 +99,21 @@ class Materialiser:
                 yield from (_scaled(block, part.factor, dtype) for block in made)
             case Constant():
                 yield torch.full((part.numel,), part.value, dtype=dtype)
+            case Basis():
+                yield from (block.to(dtype) for block in row_blocks(self._bases[part.name]))
+            case Identity():
+                yield torch.eye(part.rows, part.cols, dtype=dtype) * part.factor
+
+    def _shard(self, part: Shard) -> Tensor:
+        """The values before their factor; a projection is computed in float64."""
+        match part:
+            case Take():
+                return self._rectangle(part)
+            case Pick():
+                return self._rectangle(part.base).index_select(part.neuron_axis, torch.tensor(part.neurons))
+            case Projected():
+                base, basis_HL = self._shard(part.base).double(), self._bases[part.basis].double()
+                return (base @ basis_HL if part.side == "input" else basis_HL.T @ base).float()
 
     def _rectangle(self, take: Take) -> Tensor:
         source = self._source(take.source)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from upcycle.checkpoint import Shard, TensorSpec, dtype_bytes, layout_shards
 from upcycle.convert.calibrate import measured_masses
+from upcycle.convert.latents import latent_bases
 from upcycle.errors import ConfigError, OutputError
 from upcycle.models.source import FLOATING, DenseSource, expanded, open_source
 from upcycle.plan.cost import Cost, cost
@@ -22,6 +23,8 @@ from upcycle.plan.select import own_order, select_target
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from torch import Tensor
 
     from upcycle.options.config import ConversionConfig
     from upcycle.plan.tensors import TargetTensor
@@ -40,6 +43,7 @@ class Conversion:
         effort: what running it takes.
         shards: the files to write.
         free: bytes free where the output goes.
+        bases: computed matrices that parts name; empty where none is, and where the plan does not run.
     """
 
     source: DenseSource
@@ -48,6 +52,7 @@ class Conversion:
     effort: Effort
     shards: tuple[Shard, ...]
     free: int
+    bases: Mapping[str, Tensor]
 
     def target_tensors(self) -> Mapping[str, TargetTensor]:
         return {tensor.name: tensor for tensor in self.plan.tensors}
@@ -76,13 +81,22 @@ def prepare(config: ConversionConfig, *, execute: bool) -> Conversion:
     source = source.without_ahead() if config.mtp == "none" else source
     model = source.model
     order = own_order(model.family.model_type)
-    moe = moe_shape(config.moe, config.init, ffn_width=model.ffn_width, layers=model.ffn_layers, order=order)
+    moe = moe_shape(
+        config.moe,
+        config.init,
+        ffn_width=model.ffn_width,
+        hidden_size=model.hidden_size,
+        layers=model.ffn_layers,
+        order=order,
+    )
     target, why = select_target(config.target, model, moe, portable=config.portable)
     moe = settled(moe, config.init, target)
     dtypes = source.dtypes(config.dtype)
     masses: Mapping[int, float] = dict.fromkeys(moe.layers, expected_mass(moe))
+    measuring = {"seed": config.seed, "tokens": config.calibration_tokens}
+    computed = latent_bases(source, moe, config.init, **measuring, execute=execute)
     if config.init.scaling == "calibrated" and moe.router_order == "softmax_topk" and execute:
-        masses = measured_masses(source, moe, config.init, seed=config.seed, tokens=config.calibration_tokens)
+        masses = measured_masses(source, moe, config.init, **measuring)
     plan = build_plan(
         model,
         moe,
@@ -93,6 +107,7 @@ def prepare(config: ConversionConfig, *, execute: bool) -> Conversion:
         masses=masses,
         dropped=source.dropped,
         portable=config.portable,
+        latents=computed.latents,
     )
     specs = [TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in plan.tensors]
     shards = layout_shards(specs, max_shard_bytes)
@@ -104,6 +119,7 @@ def prepare(config: ConversionConfig, *, execute: bool) -> Conversion:
         effort=effort(counted, workers=config.workers, files=len(shards)),
         shards=shards,
         free=free_bytes(expanded(config.output or ".")),
+        bases=computed.bases,
     )
 
 

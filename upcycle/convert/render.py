@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from upcycle.checkpoint import dtype_bytes
+from upcycle.plan.latent import latent_start
 from upcycle.plan.plan import Plan, plan_dict
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def _summary(conversion: Conversion) -> Table:
     rows = [
         ("target", plan.target),
         ("experts", f"{moe.experts} of width {moe.expert_width}, {moe.top_k} active{_shared(moe)}; {layers}"),
+        *_latent(plan, model.hidden_size),
         ("router", f"{moe.router_order}, std {plan.router_std:g}{_groups(moe)}"),
         ("init", f"{plan.init.name}, scaling {plan.init.scaling}"),
         ("step 0", "lossless" if not plan.losses else "not lossless"),
@@ -70,6 +72,14 @@ def _summary(conversion: Conversion) -> Table:
 def _shared(moe: MoeShape) -> str:
     made_of = {"copies": "copies", "part": "its own part", "whole": "all"}[moe.shared]
     return f", a shared one of width {moe.shared_width}, {made_of} of the FFN" if moe.shared_width else ""
+
+
+def _latent(plan: Plan, hidden_size: int) -> list[tuple[str, str]]:
+    """The size in which routed experts compute, where one was asked for."""
+    if plan.moe.latent is None:
+        return []
+    start = latent_start(plan.moe.latent, plan.init, hidden_size) or "identities"
+    return [("latent", f"routed experts compute in {plan.moe.latent} of {hidden_size} dimensions, {start}")]
 
 
 def _padding(cost: Cost) -> list[tuple[str, str]]:

@@ -157,6 +157,7 @@ def _write(
         stored=source.stored,
         tensors=conversion.target_tensors(),
         seed=config.seed,
+        bases=conversion.bases,
         staged=StagedFiles(directory=staging.directory, fingerprint=staging.fingerprint),
     )
     processes = min(config.workers, len(missing))

@@ -31,13 +31,20 @@ class SliceMaterialiser(Materialiser):
         read: returns a source tensor by name, memory-mapped.
         seed: seed of everything random.
         shapes: of the source's tensors.
+        bases: as for `Materialiser`.
 
     Attributes:
         bytes_read: of the source's values so far, as they are stored; what two tensors need counts twice.
     """
 
-    def __init__(self, read: Callable[[str], Tensor], seed: int, shapes: Mapping[str, Shape]) -> None:
-        super().__init__(read, seed)
+    def __init__(
+        self,
+        read: Callable[[str], Tensor],
+        seed: int,
+        shapes: Mapping[str, Shape],
+        bases: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(read, seed, bases)
         self.bytes_read = 0
         self._shapes = shapes
         self._counting = Lock()

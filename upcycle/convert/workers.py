@@ -41,6 +41,7 @@ class ShardWork:
         stored: name of a source tensor -> its name in the checkpoint.
         tensors: what to make, by name.
         seed: seed of everything random.
+        bases: computed matrices by name, which processes share.
         staged: where to write.
     """
 
@@ -48,6 +49,7 @@ class ShardWork:
     stored: Mapping[str, str]
     tensors: Mapping[str, TargetTensor]
     seed: int
+    bases: Mapping[str, Tensor]
     staged: StagedFiles
 
     def write(self, shards: Sequence[Shard], read: Callable[[str], Tensor], on_bytes: OnBytes) -> None:
@@ -62,7 +64,7 @@ class ShardWork:
             SourceError: the source cannot be read, or holds NaN or infinity.
             OutputError: a shard cannot be written.
         """
-        materialiser = Materialiser(read, self.seed)
+        materialiser = Materialiser(read, self.seed, self.bases)
 
         def chunks(spec: TensorSpec) -> Iterator[Tensor]:
             return materialiser.blocks(self.tensors[spec.name], torch_dtype(spec.dtype))

@@ -26,6 +26,7 @@ class UpcycledMoeConfig(PreTrainedConfig):
         ffn_bias: whether every projection of an expert has a bias.
         ffn_dropout: probability of dropping an element of the block's output in training (GPT-2 drops in its FFN).
         shared_expert_intermediate_size: width of the expert all tokens visit; 0 means none.
+        moe_latent_size: size in which routed experts compute, between two projections (L); None: in the hidden size.
         router_order: `softmax_topk` (softmax over all experts), `topk_softmax` (softmax over the kept logits, so that
             weights sum to 1) or `sigmoid_topk` (each expert's own sigmoid).
         router_renormalise: whether the kept weights are divided by their sum.
@@ -63,6 +64,7 @@ class UpcycledMoeConfig(PreTrainedConfig):
     ffn_bias: bool = False
     ffn_dropout: float = 0.0
     shared_expert_intermediate_size: int = 0
+    moe_latent_size: int | None = None
     router_order: str = "topk_softmax"
     router_renormalise: bool = False
     routed_scaling_factor: float = 1.0

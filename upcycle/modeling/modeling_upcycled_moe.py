@@ -3,7 +3,8 @@
 This file travels inside converted checkpoints, beside configuration_upcycled_moe.py and selection_upcycled_moe.py: it
 may import only those files, torch, transformers and the standard library.
 
-Shapes: B batch, L sequence, T = B * L tokens, H hidden, N experts, K experts per token, I expert width.
+Shapes: T tokens of all sequences, H hidden, N experts, K experts per token, I expert width, L the size in which experts
+compute (the latent size where there is one, else H).
 """
 
 from collections.abc import Callable, Iterator
@@ -71,17 +72,18 @@ class UpcycledMoeExperts(nn.Module):
     def __init__(self, config: UpcycledMoeConfig) -> None:
         super().__init__()
         self.num_experts = config.num_experts
-        N, H, width = config.num_experts, config.text_config.hidden_size, config.moe_intermediate_size
+        N, width = config.num_experts, config.moe_intermediate_size
+        L = config.moe_latent_size or config.text_config.hidden_size
         up, up_rows = ("gate_up_proj", 2 * width) if config.gated else ("up_proj", width)
-        self.register_parameter(up, nn.Parameter(torch.empty(N, up_rows, H)))
-        self.down_proj = nn.Parameter(torch.empty(N, H, width))
+        self.register_parameter(up, nn.Parameter(torch.empty(N, up_rows, L)))
+        self.down_proj = nn.Parameter(torch.empty(N, L, width))
         if config.ffn_bias:
             self.register_parameter(f"{up}_bias", nn.Parameter(torch.empty(N, up_rows)))
-            self.down_proj_bias = nn.Parameter(torch.empty(N, H))
+            self.down_proj_bias = nn.Parameter(torch.empty(N, L))
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, x_TH: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        """Return the weighted sum [T, H] of the experts at `top_k_index` [T, K]."""
+    def forward(self, x_TL: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """Return the weighted sum [T, L] of the experts at `top_k_index` [T, K]."""
         # unbind, because the gradient of each weight[e] would be a zero tensor as large as all experts together.
         up = "gate_up_proj" if self.has_gate else "up_proj"
         ups, downs = getattr(self, up).unbind(0), self.down_proj.unbind(0)
@@ -92,16 +94,16 @@ class UpcycledMoeExperts(nn.Module):
         experts = top_k_index.flatten()
         counts = experts.bincount(minlength=self.num_experts).tolist()
         slots_of_expert = torch.split(experts.argsort(stable=True), counts)
-        y_TH = torch.zeros_like(x_TH)
+        y_TL = torch.zeros_like(x_TL)
         for e, slots in enumerate(slots_of_expert):
             if counts[e] == 0:
                 continue
             tokens = slots // top_k_index.shape[-1]
-            h = F.linear(x_TH[tokens], ups[e], up_biases[e])
+            h = F.linear(x_TL[tokens], ups[e], up_biases[e])
             h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
             h = F.linear(h, downs[e], down_biases[e]) * top_k_weights.flatten()[slots, None]
-            y_TH.index_add_(0, tokens, h.to(y_TH.dtype))
-        return y_TH
+            y_TL.index_add_(0, tokens, h.to(y_TL.dtype))
+        return y_TL
 
 
 class UpcycledMoeSharedExpert(nn.Module):
@@ -130,6 +132,9 @@ class UpcycledMoeSparseMoeBlock(nn.Module):
         self.dropout = config.ffn_dropout
         self.gate = UpcycledMoeRouter(config)
         self.experts = UpcycledMoeExperts(config)
+        H, L = config.text_config.hidden_size, config.moe_latent_size
+        self.fc1_latent_proj = nn.Linear(H, L, bias=False) if L else None
+        self.fc2_latent_proj = nn.Linear(L, H, bias=False) if L else None
         # The decorator fixes these two for a class; here they belong to a checkpoint.
         self.experts.has_gate, self.experts.has_bias = config.gated, config.ffn_bias
         self.shared_expert = UpcycledMoeSharedExpert(config) if config.shared_expert_intermediate_size else None
@@ -138,7 +143,9 @@ class UpcycledMoeSparseMoeBlock(nn.Module):
         """Route each token to its experts."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights_TK, index_TK = self.gate(x_TH)
-        y_TH = self.experts(x_TH, index_TK, weights_TK)
+        x_TL = x_TH if self.fc1_latent_proj is None else self.fc1_latent_proj(x_TH)
+        y_TL = self.experts(x_TL, index_TK, weights_TK)
+        y_TH = y_TL if self.fc2_latent_proj is None else self.fc2_latent_proj(y_TL)
         if self.shared_expert is not None:
             y_TH = y_TH + self.shared_expert(x_TH)
         return F.dropout(y_TH, self.dropout, self.training).reshape(hidden_states.shape)

@@ -45,6 +45,7 @@ class MoeDescription:
         renormalise, scaling_factor: what is done with a sigmoid_topk's weights, as `ExpertSelection` says.
         gated: whether the experts have a gate.
         hidden_size, vocabulary: sizes.
+        latent: size in which routed experts compute; None: in the hidden size.
     """
 
     target: Target
@@ -66,6 +67,7 @@ class MoeDescription:
     gated: bool
     hidden_size: int
     vocabulary: int
+    latent: int | None
 
     @property
     def model_type(self) -> str:
@@ -192,6 +194,7 @@ def describe_config(target: Target, config: Any, manifest: dict[str, Any] | None
         gated=config.gated if generic else target.gated,
         hidden_size=text.hidden_size,
         vocabulary=text.vocab_size,
+        latent=getattr(config, "moe_latent_size", None),
     )
 
 

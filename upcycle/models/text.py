@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from upcycle.models.source import DenseSource
 
 DEFAULT_TEXT = Path(argparse.__file__)
+TOKENS_PER_FILE = 2048
 
 
 def sample_tokens(source: DenseSource, *, tokens: int, file: Path = DEFAULT_TEXT) -> torch.Tensor:
@@ -31,3 +32,23 @@ def sample_tokens(source: DenseSource, *, tokens: int, file: Path = DEFAULT_TEXT
     if len(ids) < 2:
         raise ConfigError("the text is too short", found=f"{file}: {len(ids)} tokens", expected="at least 2 tokens")
     return torch.tensor(ids)
+
+
+def library_tokens(source: DenseSource, *, tokens: int) -> torch.Tensor:
+    """Token ids of the standard library without `DEFAULT_TEXT`, at most the first `TOKENS_PER_FILE` of a module.
+
+    What is fit on these can be tested on that. Modules are taken by name until there are `tokens`.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    tokenizer, found = load_tokenizer(source), list[int]()
+    for file in sorted(DEFAULT_TEXT.parent.glob("[a-z]*.py")):
+        if file != DEFAULT_TEXT and len(found) < tokens:
+            ids = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+            found += ids[: min(TOKENS_PER_FILE, tokens - len(found))]
+    if len(found) < tokens:
+        raise ConfigError(
+            "calibration_tokens asks for more text than there is", found=tokens, expected=f"at most {len(found)}"
+        )
+    return torch.tensor(found)

@@ -25,6 +25,7 @@ class MoeConfig:
         groups: how experts of virtual groups are chosen: free (one by one), tied (one router row per group), whole
             (groups are chosen), positions (of each shard position the best T/G); auto takes what keeps the start and
             the type can store. Of training, for model=checkpoint too: there auto is what the checkpoint says.
+        latent: null; or L, the size in which routed experts compute, between two projections; at most the hidden size.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = STRICT
@@ -37,16 +38,19 @@ class MoeConfig:
     shared_neurons: Any
     layers: Any
     groups: str
+    latent: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class InitConfig:
-    """`init.*`; `name` says which fields beyond the first three matter.
+    """`init.*`; `name` says which fields beyond the first four matter.
 
     Attributes:
         name: virtual_group, copy, drop, noise or random.
         scaling: exact, paper, down, calibrated, none, or the factor itself.
         router_std: standard deviation of the router's rows; null takes 0.012/sqrt(hidden size).
+        latent: with moe.latent below the hidden size: exact (the shared expert is the FFN, and what routed experts add
+            starts at 0) or compress (routed experts are the FFN as far as the latents hold it).
         ratio: drop: share of an expert's neurons that is re-initialised.
         neurons: drop: coherent (one set for gate, up and down) or independent (one set each).
         std: noise: standard deviation of the noise, in units of the matrix's own. random: of the weights.
@@ -58,6 +62,7 @@ class InitConfig:
     name: str
     scaling: Any
     router_std: float | None
+    latent: str = "exact"
     ratio: float = 0.0
     neurons: str = "coherent"
     std: float = 0.0
@@ -78,7 +83,7 @@ class ConversionConfig:
         seed: seed of everything random.
         max_shard_size: size limit of one safetensors file, such as 5GB or 500MB.
         workers: processes that write, each files of its own.
-        calibration_tokens: tokens of Python source that `init.scaling=calibrated` measures on.
+        calibration_tokens: tokens of Python source that is measured on (init.scaling=calibrated, init.latent=compress).
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = STRICT

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from upcycle.plan.latent import latent_start
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -73,8 +75,16 @@ def cost(plan: Plan, model: DenseModel, *, bytes_per_element: Mapping[str, int])
         padding_parameters=sum(sizes[tensor.name] for tensor in zeros),
         padding_flops_per_token=2 * _matrix_elements(tensor.shape for tensor in zeros),
         padding_bytes=sum(nbytes[tensor.name] for tensor in (*zeros, *copies)),
-        peak_memory=BASE_MEMORY + 3 * largest * widest,
+        peak_memory=BASE_MEMORY + 3 * largest * widest + _bases(plan, model),
     )
+
+
+def _bases(plan: Plan, model: DenseModel) -> int:
+    """Bytes of the computed projections, three matrices a layer in float32."""
+    start = latent_start(plan.moe.latent, plan.init, model.hidden_size)
+    if start is None or plan.init.name == "random":
+        return 0
+    return 3 * 4 * len(plan.moe.layers) * model.hidden_size * (plan.moe.latent or 0)
 
 
 def dense_matmul_flops(model: DenseModel) -> int:
@@ -85,9 +95,12 @@ def dense_matmul_flops(model: DenseModel) -> int:
 
 def _extra_flops(plan: Plan, model: DenseModel) -> int:
     ffn = _matrix_elements(shape for _, shape in model.ffn_shapes())
-    active = ffn // model.ffn_width * (plan.moe.top_k * plan.moe.expert_width + plan.moe.shared_width)
-    gates = sum(math.prod(tensor.shape) for tensor in plan.tensors if tensor.kind in ("router", "shared_gate"))
-    return 2 * (len(plan.moe.layers) * (active - ffn) + gates)
+    moe, neuron = plan.moe, ffn // model.ffn_width
+    routed_neuron = neuron // model.hidden_size * (moe.latent or model.hidden_size)
+    active = moe.top_k * moe.expert_width * routed_neuron + moe.shared_width * neuron
+    always = ("router", "shared_gate", "latent")
+    others = sum(math.prod(tensor.shape) for tensor in plan.tensors if tensor.kind in always)
+    return 2 * (len(moe.layers) * (active - ffn) + others)
 
 
 def _matrix_elements(shapes: Iterable[Shape]) -> int:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from upcycle.plan.parts import Part, Range, Take, Whole, numel, taken
+from upcycle.plan.parts import Part, Pick, Range, Take, Whole, numel, taken
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 def check_coverage(tensors: Sequence[TargetTensor], source: Mapping[str, Shape], *, dropped: Collection[str]) -> None:
     """Every source element is taken over or its tensor explicitly dropped; every target element is produced once.
+
+    A projection takes over what it projects; that something is lost in it, the plan's losses say.
 
     Args:
         tensors: those to write.
@@ -38,18 +40,39 @@ def check_coverage(tensors: Sequence[TargetTensor], source: Mapping[str, Shape],
     takes = _takes(parts)
     shared = _takes(part for tensor in tensors if tensor.kind == "shared" for part in tensor.parts)
     routed = _takes(part for tensor in tensors if tensor.kind == "expert" for part in tensor.parts)
+    picks = _picks(parts)
     for name, shape in source.items():
         both = _tile(shared[name], shape) and (not routed[name] or _tile(routed[name], shape))
-        exact = name in covered or _tile(takes[name], shape) or both
+        cut = (_tile(takes[name], shape) or both) and name not in picks
+        exact = name in covered or cut or (not takes[name] and _listed(picks.get(name), shape))
         assert exact, f"{name} {shape}: not taken over exactly"
 
 
 def _takes(parts: Iterable[Part]) -> dict[str, set[Take]]:
     """The different rectangles of each source tensor that parts are made from."""
     takes: dict[str, set[Take]] = defaultdict(set)
-    for take in (take for part in parts for take in taken(part)):
+    for take in (take for part in parts for take in taken(part) if isinstance(take, Take)):
         takes[take.source].add(replace(take, factor=1.0))
     return takes
+
+
+def _picks(parts: Iterable[Part]) -> dict[str, set[Pick]]:
+    """The different lists of neurons of each source tensor that parts are made from."""
+    picks: dict[str, set[Pick]] = defaultdict(set)
+    for pick in (pick for part in parts for pick in taken(part) if isinstance(pick, Pick)):
+        picks[pick.base.source].add(replace(pick, base=replace(pick.base, factor=1.0)))
+    return dict(picks)
+
+
+def _listed(picks: Collection[Pick] | None, shape: Shape) -> bool:
+    """Whether lists of neurons name every row, or every column, of a tensor exactly once."""
+    if not picks or not all(_inside(pick.base, shape) for pick in picks):
+        return False
+    across = {_ranges(pick.base)[1 - pick.neuron_axis] if pick.base.cols else None for pick in picks}
+    elements = sum(numel(pick, {}) for pick in picks)
+    starts = ((_ranges(pick.base)[pick.neuron_axis][0], pick.neurons) for pick in picks)
+    named = sorted(start + neuron for start, neurons in starts for neuron in neurons)
+    return len(across) == 1 and elements == math.prod(shape) and named == list(range(len(named)))
 
 
 def _tile(takes: Iterable[Take], shape: Shape) -> bool:

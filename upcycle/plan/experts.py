@@ -6,7 +6,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from upcycle.plan.groups import GROUPED_INITS
-from upcycle.plan.parts import AddNoise, Beside, Constant, DropNeurons, Normal, Part, Range, Take
+from upcycle.plan.latent import basis_name, latent_start
+from upcycle.plan.parts import (
+    AddNoise,
+    Basis,
+    Beside,
+    Constant,
+    DropNeurons,
+    Identity,
+    Normal,
+    Part,
+    Pick,
+    Projected,
+    Range,
+    Side,
+    Take,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,6 +61,24 @@ def dummy_neurons(model: DenseModel, layer: int, matrix: str, width: int) -> Par
     return Normal(rows=width, cols=model.hidden_size, std=std, key=f"layer.{layer}.shared.{matrix}")
 
 
+def latent_projections(model: DenseModel, moe: MoeShape, init: InitConfig, layer: int) -> tuple[Part, Part]:
+    """fc1 [L, H] and fc2 [H, L], between which routed experts compute."""
+    hidden, latent = model.hidden_size, moe.latent or model.hidden_size
+    if init.name == "random":
+        stem, std = f"layer.{layer}.latent", init.std
+        return (
+            Normal(rows=latent, cols=hidden, std=std, key=f"{stem}.fc1"),
+            Normal(rows=hidden, cols=latent, std=std, key=f"{stem}.fc2"),
+        )
+    start = latent_start(moe.latent, init, hidden)
+    if start is None:
+        return Identity(rows=latent, cols=hidden), Identity(rows=hidden, cols=latent)
+    fc1 = Basis(name=basis_name(layer, "encode"), rows=latent, cols=hidden)
+    if start == "exact":
+        return fc1, Constant(numel=hidden * latent)
+    return fc1, Basis(name=basis_name(layer, "output"), rows=hidden, cols=latent)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FfnParts:
     """The parts of one MoE layer.
@@ -55,6 +88,7 @@ class FfnParts:
         layer: index of the layer.
         scaling: the layer's factors.
         shared_gate: factor that the type applies to its shared expert at initialization (0.5 for a sigmoid of 0).
+        order: all neurons of the FFN, the shared expert's first; None where they are as they are.
     """
 
     model: DenseModel
@@ -63,6 +97,7 @@ class FfnParts:
     layer: int
     scaling: LayerScaling
     shared_gate: float
+    order: tuple[int, ...] | None = None
 
     @property
     def width(self) -> int:
@@ -74,14 +109,24 @@ class FfnParts:
         """The first neuron that is cut into shards; those before it are the shared expert's alone."""
         return self.moe.shared_width if self.moe.shared == "part" else 0
 
+    @property
+    def inside(self) -> int:
+        """The size in which routed experts compute: L, or H."""
+        return self.moe.latent or self.model.hidden_size
+
+    @property
+    def projected(self) -> bool:
+        """Whether routed experts are made from projections of shards."""
+        return latent_start(self.moe.latent, self.init, self.model.hidden_size) is not None
+
     def expert(self, expert: int, role: Role) -> Part:
-        """A matrix of a routed expert, [width, H] for gate and up, [H, width] for down."""
-        if role == "down" and self.moe.shared == "whole":
-            return Constant(numel=self.model.hidden_size * self.width)
+        """A matrix of a routed expert, [width, L] for gate and up, [L, width] for down; L is H where not asked for."""
+        if role == "down" and self.moe.shared == "whole" and not self.projected:
+            return Constant(numel=self.inside * self.width)
         shard = expert % self.moe.granularity
         factor = self.scaling.matrix[role] * (self._routed_share(shard) if role == "down" else 1.0)
         stem = f"layer.{self.layer}.expert.{expert}"
-        base = self._take(role, shard, factor)
+        base = self._project(role, self._take(role, shard, factor))
         match self.init.name:
             case "drop":
                 coherent = self.init.neurons == "coherent"
@@ -95,45 +140,46 @@ class FfnParts:
             case "noise":
                 return AddNoise(base=base, std=self.init.std, fraction=self.init.fraction, key=f"{stem}.{role}")
             case "random":
-                return self._random(role, self.width, factor, f"{stem}.{role}")
+                return self._random(role, self.inside, self.width, factor, f"{stem}.{role}")
         return base
 
     def expert_bias(self, role: Role) -> Iterator[Part]:
-        """A bias of every routed expert in order: [width] for gate and up, [H] for down."""
+        """A bias of every routed expert in order: [width] for gate and up, [L] for down."""
         factor = self.scaling.bias[role] * (1 - self._shared_bias_share() if role == "down" else 1.0)
         for expert in range(self.moe.experts):
-            if factor:
-                yield self._bias(role, self._neurons(role, expert % self.moe.granularity), factor)
-            else:
-                yield Constant(numel=self.model.hidden_size)
+            if role == "down" and (self.init.name == "random" or not factor):
+                yield Constant(numel=self.inside)
+                continue
+            bias = self._bias(role, self._neurons(expert % self.moe.granularity), factor)
+            yield self._project(role, bias) if role == "down" and isinstance(bias, Take) else bias
 
     def shared(self, role: Role) -> Iterator[Part]:
         """A matrix of the shared expert; made of copies, it is shards 0, 1, … in turn."""
         shards = range(self.moe.shared_experts)
         factor = 1 / self.shared_gate if role == "down" else 1.0
         if self.init.name == "random":
-            yield self._random(role, self.moe.shared_width, factor, f"layer.{self.layer}.shared.{role}")
+            key = f"layer.{self.layer}.shared.{role}"
+            yield self._random(role, self.model.hidden_size, self.moe.shared_width, factor, key)
         elif self.moe.shared != "copies":
-            yield self._rectangle(role, self._rows(role, 0, self.moe.shared_width), factor)
+            yield self._shard(role, (0, self.moe.shared_width), factor)
         elif role == "down":
             granularity = self.moe.granularity
             factors = (self._shared_share(shard % granularity) / self.shared_gate for shard in shards)
-            yield Beside(
-                parts=tuple(self._take("down", s % granularity, f) for s, f in zip(shards, factors, strict=True))
-            )
+            taken = ((self._neurons(s % granularity), f) for s, f in zip(shards, factors, strict=True))
+            yield Beside(parts=tuple(self._rectangle("down", neurons, f) for neurons, f in taken))
         else:
             for shard in shards:
-                yield self._take(role, shard % self.moe.granularity, 1.0)
+                yield self._rectangle(role, self._neurons(shard % self.moe.granularity), 1.0)
 
     def shared_bias(self, role: Role) -> Iterator[Part]:
         """A bias of the shared expert."""
         if role == "down":
-            yield self._bias("down", self._neurons("down", 0), self._shared_bias_share() / self.shared_gate)
+            yield self._bias("down", self._neurons(0), self._shared_bias_share() / self.shared_gate)
         elif self.moe.shared != "copies":
-            yield self._bias(role, self._rows(role, 0, self.moe.shared_width), 1.0)
+            yield self._bias(role, (0, self.moe.shared_width), 1.0)
         else:
             for shard in range(self.moe.shared_experts):
-                yield self._bias(role, self._neurons(role, shard % self.moe.granularity), 1.0)
+                yield self._bias(role, self._neurons(shard % self.moe.granularity), 1.0)
 
     def _shared_bias_share(self) -> float:
         """How much of the down bias is the shared expert's."""
@@ -157,34 +203,57 @@ class FfnParts:
         shared, routed = self._copies(shard)
         return 1 / (shared + routed)
 
-    def _take(self, role: Role, shard: int, factor: float) -> Take:
-        return self._rectangle(role, self._neurons(role, shard), factor)
+    def _take(self, role: Role, shard: int, factor: float) -> Take | Pick:
+        return self._shard(role, self._neurons(shard), factor)
+
+    def _project(self, role: Role, base: Take | Pick) -> Take | Pick | Projected:
+        """What a routed expert has of a matrix, or of a down bias."""
+        if not self.projected:
+            return base
+        side: Side = "output" if role == "down" else "input"
+        basis = basis_name(self.layer, "output" if role == "down" else "decode")
+        return Projected(base=base, basis=basis, side=side, latent=self.inside)
+
+    def _shard(self, role: Role, neurons: Range, factor: float) -> Take | Pick:
+        """A matrix of some neurons, counted in `order`."""
+        if self.order is None:
+            return self._rectangle(role, neurons, factor)
+        whole = self._rectangle(role, (0, self.model.ffn_width), factor)
+        return Pick(base=whole, neuron_axis=1 if role == "down" else 0, neurons=self.order[slice(*neurons)])
 
     def _rectangle(self, role: Role, neurons: Range, factor: float) -> Take:
-        ffn = self.model.family.ffn
+        hidden = (0, self.model.hidden_size)
         return Take(
             source=self.model.ffn_tensor(self.layer, role),
-            rows=(0, self.model.hidden_size) if role == "down" else neurons,
-            cols=neurons if role == "down" else (0, self.model.hidden_size),
-            transposed=ffn.transposed,
+            rows=hidden if role == "down" else self._rows(role, neurons),
+            cols=neurons if role == "down" else hidden,
+            transposed=self.model.family.ffn.transposed,
             factor=factor,
         )
 
     def _bias(self, role: Role, neurons: Range, factor: float) -> Part:
-        rows = (0, self.model.hidden_size) if role == "down" else neurons
+        """A bias: of some neurons, counted in `order`, or of the output."""
+        source = self.model.ffn_tensor(self.layer, role, "bias")
+        if role == "down":
+            neurons = (0, self.model.hidden_size)
         if self.init.name == "random":
-            return Constant(numel=rows[1] - rows[0])
-        return Take(source=self.model.ffn_tensor(self.layer, role, "bias"), rows=rows, factor=factor)
+            return Constant(numel=neurons[1] - neurons[0])
+        if role == "down":
+            return Take(source=source, rows=neurons, factor=factor)
+        if self.order is None:
+            return Take(source=source, rows=self._rows(role, neurons), factor=factor)
+        whole = Take(source=source, rows=self._rows(role, (0, self.model.ffn_width)), factor=factor)
+        return Pick(base=whole, neuron_axis=0, neurons=self.order[slice(*neurons)])
 
-    def _neurons(self, role: Role, shard: int) -> Range:
+    def _neurons(self, shard: int) -> Range:
         start = self.first + shard * self.width
-        return self._rows(role, start, start + self.width)
+        return start, start + self.width
 
-    def _rows(self, role: Role, start: int, stop: int) -> Range:
+    def _rows(self, role: Role, neurons: Range) -> Range:
         """Where neurons are in the tensor that holds a role's matrix."""
         offset = self.model.ffn_width if role == "up" and self.model.family.ffn.fused else 0
-        return offset + start, offset + stop
+        return offset + neurons[0], offset + neurons[1]
 
-    def _random(self, role: Role, width: int, factor: float, key: str) -> Normal:
-        rows, cols = (self.model.hidden_size, width) if role == "down" else (width, self.model.hidden_size)
+    def _random(self, role: Role, inside: int, width: int, factor: float, key: str) -> Normal:
+        rows, cols = (inside, width) if role == "down" else (width, inside)
         return Normal(rows=rows, cols=cols, std=self.init.std, factor=factor, key=key)

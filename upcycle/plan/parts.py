@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Range = tuple[int, int]
 Neurons = Literal["coherent", "independent"]
+Side = Literal["input", "output"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,77 @@ class Take:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pick:
+    """Listed neurons of a `Take`, in that order.
+
+    Attributes:
+        base: all neurons of a matrix, or of a bias; `base.factor` scales those that are listed.
+        neuron_axis: 0 where neurons are rows (gate, up, a bias), 1 where they are columns (down).
+        neurons: their indices in `base`.
+    """
+
+    base: Take
+    neuron_axis: int
+    neurons: tuple[int, ...]
+
+    @property
+    def factor(self) -> float:
+        return self.base.factor
+
+    def __str__(self) -> str:
+        shown = ", ".join(map(str, self.neurons[:3])) + (", …" if len(self.neurons) > 3 else "")
+        return f"{len(self.neurons)} neurons of {self.base} ({shown})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projected:
+    """A matrix of an expert in latent dimensions: what it reads, or what it writes, is projected.
+
+    Attributes:
+        base: the matrix [out, H] (`input`), [H, in], or a bias [H] (`output`); `base.factor` scales it.
+        basis: names a computed matrix [H, L]; the product is base @ basis (`input`) or basis.T @ base (`output`).
+        side: of the expert.
+        latent: L.
+    """
+
+    base: Take | Pick
+    basis: str
+    side: Side
+    latent: int
+
+    @property
+    def factor(self) -> float:
+        return self.base.factor
+
+    def __str__(self) -> str:
+        return f"{self.base} projected to {self.latent} {self.side}s by [{self.basis}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Basis:
+    """A computed matrix [rows, cols] as it is."""
+
+    name: str
+    rows: int
+    cols: int
+
+    def __str__(self) -> str:
+        return f"[{self.name}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """The first rows and columns of an identity, times a factor."""
+
+    rows: int
+    cols: int
+    factor: float = 1.0
+
+    def __str__(self) -> str:
+        return f"identity [{self.rows}, {self.cols}]{_times(self.factor)}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Whole:
     """A source tensor, bit for bit."""
 
@@ -49,7 +121,7 @@ class Whole:
 
 @dataclass(frozen=True, kw_only=True)
 class DropNeurons:
-    """A `Take` in which a share of the neurons is drawn anew (Drop-Upcycling, arXiv 2502.19261).
+    """A shard in which a share of the neurons is drawn anew (Drop-Upcycling, arXiv 2502.19261).
 
     Attributes:
         base: the shard; `base.factor` scales old and new values alike.
@@ -59,7 +131,7 @@ class DropNeurons:
         values_key: names the new values.
     """
 
-    base: Take
+    base: Shard
     neuron_axis: int
     ratio: float
     neurons_key: str
@@ -71,7 +143,7 @@ class DropNeurons:
 
 @dataclass(frozen=True, kw_only=True)
 class AddNoise:
-    """A `Take` plus Gaussian noise on a share of its values.
+    """A shard plus Gaussian noise on a share of its values.
 
     Attributes:
         base: the shard; `base.factor` scales values and noise alike.
@@ -80,7 +152,7 @@ class AddNoise:
         key: names the random stream.
     """
 
-    base: Take
+    base: Shard
     std: float
     fraction: float
     key: str
@@ -134,16 +206,17 @@ class Beside:
         return " beside ".join(str(part) for part in self.parts)
 
 
-Part = Take | Whole | DropNeurons | AddNoise | Normal | Constant | Beside
+Shard = Take | Pick | Projected
+Part = Shard | Whole | DropNeurons | AddNoise | Normal | Constant | Beside | Basis | Identity
 
 
-def taken(part: Part) -> tuple[Take, ...]:
-    """The rectangles of the source that a part is made from."""
+def taken(part: Part) -> tuple[Take | Pick, ...]:
+    """What a part is made from: rectangles of the source, and listed neurons of some."""
     match part:
-        case Take():
+        case Take() | Pick():
             return (part,)
-        case DropNeurons(base=base) | AddNoise(base=base):
-            return (base,)
+        case DropNeurons(base=base) | AddNoise(base=base) | Projected(base=base):
+            return taken(base)
         case Beside(parts=parts):
             return parts
     return ()
@@ -158,7 +231,11 @@ def numel(part: Part, source: Mapping[str, Shape]) -> int:
             return math.prod(stop - start for start, stop in filter(None, (part.rows, part.cols)))
         case DropNeurons() | AddNoise():
             return numel(part.base, source)
-        case Normal():
+        case Pick():
+            return numel(part.base, source) * len(part.neurons) // _neurons(part)
+        case Projected():
+            return numel(part.base, source) * part.latent // _projected(part)
+        case Normal() | Basis() | Identity():
             return part.rows * part.cols
         case Constant():
             return part.numel
@@ -175,7 +252,11 @@ def width(part: Part, source: Mapping[str, Shape]) -> int:
             return part.cols[1] - part.cols[0] if part.cols else 1
         case DropNeurons() | AddNoise():
             return width(part.base, source)
-        case Normal():
+        case Pick():
+            return len(part.neurons) if part.neuron_axis else width(part.base, source)
+        case Projected():
+            return part.latent if part.side == "input" else width(part.base, source)
+        case Normal() | Basis() | Identity():
             return part.cols
         case Constant():
             return 1
@@ -201,6 +282,19 @@ def narrow(part: Part, rows: Range, cols: Range | None = None) -> Part | None:
             narrowed = (narrow(each, rows) for each in part.parts)
             return Beside(parts=tuple(each for each in narrowed if isinstance(each, Take)))
     return None
+
+
+def _neurons(part: Pick) -> int:
+    """All neurons that a part lists some of."""
+    start, stop = part.base.cols if part.neuron_axis and part.base.cols else part.base.rows
+    return stop - start
+
+
+def _projected(part: Projected) -> int:
+    """Rows of the basis that a part needs: entries of a row of its base, or of a column."""
+    take = part.base if isinstance(part.base, Take) else part.base.base
+    start, stop = take.cols if part.side == "input" and take.cols else take.rows
+    return stop - start
 
 
 def _inside(outer: Range, inner: Range) -> Range:

@@ -13,6 +13,7 @@ from upcycle.arch.padding import PADDED
 from upcycle.plan.coverage import check_coverage
 from upcycle.plan.experts import router_deviation
 from upcycle.plan.groups import group_notes
+from upcycle.plan.latent import Latents, latent_losses, latent_notes
 from upcycle.plan.scaling import LayerScaling, in_config, layer_scaling, lossless
 from upcycle.plan.tensors import TargetTensor, Tensors, ffn_tensors
 from upcycle.plan.unread import unread_fields
@@ -45,6 +46,7 @@ class Plan:
         serving: what other engines do with it.
         losses: why step 0 will differ from the dense model, one line each; empty if it will not.
         notes: what else a user should know.
+        latents: what was computed for latent projections.
     """
 
     target: str
@@ -59,11 +61,13 @@ class Plan:
     serving: tuple[Serving, ...]
     losses: tuple[str, ...]
     notes: tuple[str, ...]
+    latents: Latents
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides the bytes, apart from the source's values and the seed."""
         tensors = [(t.name, t.shape, t.dtype, [repr(part) for part in t.parts]) for t in self.tensors]
-        text = json.dumps([self.target, dict(self.config), tensors], sort_keys=True)
+        computed = [dict(self.latents.sha256)] if self.latents.sha256 else []
+        text = json.dumps([self.target, dict(self.config), tensors, *computed], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -78,6 +82,7 @@ def build_plan(
     masses: Mapping[int, float],
     dropped: Mapping[str, str],
     portable: bool,
+    latents: Latents | None = None,
 ) -> Plan:
     """Plan a conversion.
 
@@ -91,7 +96,9 @@ def build_plan(
         masses: router weight of the selected experts together, by layer, expected or measured.
         dropped: stored tensors that the model does not need, and why.
         portable: whether to write what other engines need.
+        latents: what was computed for latent projections; None where nothing was.
     """
+    latents = latents or Latents()
     gated, family = model.gated, model.family.model_type
     ffn: dict[str, Any] = {"granularity": moe.granularity, "activation": model.activation, "gated": gated}
     field = target.scale_field
@@ -114,6 +121,7 @@ def build_plan(
             scaling=scaling,
             padding=padding,
             padded=padded.get(PADDED, {}),
+            latents=latents,
         ).all()
     )
     if init.name == "random":
@@ -134,12 +142,15 @@ def build_plan(
         serving=serving(target.model_type, features(model, moe, portable=portable)),
         losses=(
             *_losses(moe, init, exact_scale=exact_scale, spread=router_std * model.hidden_size**0.5),
+            *latent_losses(moe.latent, init, model.hidden_size, latents),
             *(f"{target.model_type} has no field for config.json's {name}={lost[name]}" for name in lost),
         ),
         notes=(
             *_notes(moe, init, target, router_std),
+            *latent_notes(moe.latent, init, model.hidden_size),
             *(f"config.json's {name}={stray[name]} is not taken over: {family} has no such field" for name in stray),
         ),
+        latents=latents,
     )
     check_coverage(tensors, model.tensors(), dropped=dropped)
     return plan
@@ -184,6 +195,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "engines": {each.engine: {"verdict": each.verdict, "why": each.why} for each in plan.serving},
         "losses": list(plan.losses),
         "notes": list(plan.notes),
+        **({"latent": _latents(plan)} if plan.moe.latent else {}),
         "scaling": {str(layer): asdict(factors) for layer, factors in plan.scaling.items()},
         "dropped": dict(plan.dropped),
         "config": dict(plan.config),
@@ -191,4 +203,14 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
             tensor.name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "from": tensor.provenance}
             for tensor in plan.tensors
         },
+    }
+
+
+def _latents(plan: Plan) -> dict[str, Any]:
+    """What was computed for latent projections; of neurons, those that the shared expert takes."""
+    latents, shared = plan.latents, plan.moe.shared_width
+    return {
+        "sha256": dict(latents.sha256),
+        "errors": {str(layer): error for layer, error in latents.errors.items()},
+        "shared_neurons": {str(layer): list(order[:shared]) for layer, order in latents.neurons.items()},
     }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, get_args
 from upcycle.arch.moe import MoeShape, RouterOrder, Shared
 from upcycle.errors import ConfigError, did_you_mean, nearest
 from upcycle.plan.groups import CHOICES, GROUPED_INITS, check_groups
+from upcycle.plan.latent import LATENT_STARTS, check_latent, latent_start
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +23,13 @@ MOST_EXPERTS = 2**16
 
 
 def moe_shape(
-    config: MoeConfig, init: InitConfig, *, ffn_width: int, layers: Sequence[int], order: RouterOrder = "softmax_topk"
+    config: MoeConfig,
+    init: InitConfig,
+    *,
+    ffn_width: int,
+    hidden_size: int,
+    layers: Sequence[int],
+    order: RouterOrder = "softmax_topk",
 ) -> MoeShape:
     """Check `moe.*` and return the shape.
 
@@ -30,6 +37,7 @@ def moe_shape(
         config: the request.
         init: a grouped initialization needs top_k to be a multiple of granularity.
         ffn_width: width of the dense FFN.
+        hidden_size: of the dense model.
         layers: indices of the layers of the dense model that have an FFN.
         order: what moe.router_order=auto stands for.
 
@@ -42,7 +50,10 @@ def moe_shape(
     _choice("moe.router_order", config.router_order, ("auto", *ROUTER_ORDERS))
     _choice("moe.groups", config.groups, CHOICES)
     expansion = _expansion(config)
+    check_latent(config, init, hidden_size)
     shared, shared_width = _shared(config, ffn_width)
+    if latent_start(config.latent, init, hidden_size) == "exact" and init.name != "random":
+        shared, shared_width = "whole", ffn_width
     cut = ffn_width - (shared_width if shared == "part" else 0)
     if cut % config.granularity:
         divisors = [g for g in range(1, cut + 1) if cut % g == 0]
@@ -84,6 +95,7 @@ def moe_shape(
         shared_width=config.shared_experts * width if shared == "copies" else shared_width,
         layers=moe_layers(config.layers, layers),
         groups=groups,
+        latent=config.latent,
     )
 
 
@@ -111,6 +123,7 @@ def check_init(init: InitConfig) -> None:
     for name in ("router_std", "std"):
         if not 0 <= (getattr(init, name) or 0.0) < math.inf:
             raise ConfigError(f"init.{name} is out of range", found=getattr(init, name), expected="0 or more, finite")
+    _choice("init.latent", init.latent, LATENT_STARTS)
     _choice("init.neurons", init.neurons, ("coherent", "independent"))
     for name in ("ratio", "fraction"):
         if not 0 <= getattr(init, name) <= 1:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle.arch.padding import ALMOST_ZERO
 from upcycle.arch.target import Matrix, matrices
-from upcycle.plan.experts import FfnParts, dummy_neurons, router_rows
+from upcycle.plan.experts import FfnParts, dummy_neurons, latent_projections, router_rows
 from upcycle.plan.parts import Constant, Part, Take, Whole
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from upcycle.arch.padding import Padding
     from upcycle.arch.target import Target
     from upcycle.options.config import InitConfig
+    from upcycle.plan.latent import Latents
     from upcycle.plan.scaling import LayerScaling
 
 SIGMOID_OF_ZERO = 0.5
@@ -33,7 +34,7 @@ class TargetTensor:
         shape: shape on disk.
         dtype: safetensors code.
         parts: what it is made of.
-        kind: backbone, router, router_bias, expert, shared or shared_gate; of what engines need, zeros or copy.
+        kind: backbone, router, router_bias, expert, latent, shared or shared_gate; of what engines need, zeros or copy.
         layer: index of its layer; None outside the layers.
     """
 
@@ -66,6 +67,7 @@ class Tensors:
         scaling: factors of each MoE layer.
         padding: of the type; None where it is left out.
         padded: fields of config.json that speak of zeros.
+        latents: what was computed for latent projections.
     """
 
     model: DenseModel
@@ -76,6 +78,7 @@ class Tensors:
     scaling: Mapping[int, LayerScaling]
     padding: Padding | None
     padded: Mapping[str, Any]
+    latents: Latents
 
     def all(self) -> Iterator[TargetTensor]:
         """Yield them in the order in which they are written."""
@@ -113,14 +116,20 @@ class Tensors:
         hidden, router = model.hidden_size, router_rows(model, moe, self.init, layer)
         shared_gate = SIGMOID_OF_ZERO if layout.shared_gate else 1.0
         parts = FfnParts(
-            model=model, moe=moe, init=self.init, layer=layer, scaling=self.scaling[layer], shared_gate=shared_gate
+            model=model,
+            moe=moe,
+            init=self.init,
+            layer=layer,
+            scaling=self.scaling[layer],
+            shared_gate=shared_gate,
+            order=self.latents.neurons.get(layer),
         )
         yield self._made(layer, layout.router, (moe.experts, hidden), [router], "router")
         if layout.correction_bias:
             bias = self._made(layer, layout.correction_bias, (moe.experts,), [Constant(numel=moe.experts)], "")
             yield replace(bias, dtype="F32", kind="router_bias")
         for matrix in matrices(layout.experts, gated=model.gated):
-            name, shape = layout.experts[matrix], _matrix_shape(matrix, hidden, moe.expert_width)
+            name, shape = layout.experts[matrix], _matrix_shape(matrix, parts.inside, moe.expert_width)
             if "{expert}" in name:
                 for expert in range(moe.experts):
                     yield self._made(layer, name, shape, _routed(parts, matrix, expert), "expert", expert=expert)
@@ -130,6 +139,10 @@ class Tensors:
                 if model.ffn_bias:
                     biases = _stacked_bias(parts, matrix)
                     yield self._made(layer, f"{name}_bias", (moe.experts, shape[0]), biases, "expert")
+        if moe.latent and layout.latent:
+            fc1, fc2 = latent_projections(model, moe, self.init, layer)
+            yield self._made(layer, layout.latent[0], (moe.latent, hidden), [fc1], "latent")
+            yield self._made(layer, layout.latent[1], (hidden, moe.latent), [fc2], "latent")
         yield from self._shared(layer, parts)
         if layout.shared_gate:
             value = Constant(numel=hidden, value=ALMOST_ZERO if self.padding else 0.0)

@@ -15,6 +15,8 @@ LATER: dict[tuple[str, str], Any] = {
     ("data", "attributes"): None,
     ("router", "release"): None,
     ("moe", "shared_neurons"): None,
+    ("moe", "latent"): None,
+    ("init", "latent"): "exact",
     ("balance", "bias_per"): "group",
 }
 
@@ -25,7 +27,7 @@ def upgraded(options: Mapping[str, Any]) -> dict[str, Any]:
     Before `moe.groups`, experts were chosen one by one unless `router.select_groups` was true.
     """
     now = deepcopy(dict(options))
-    if not {"model", "moe", "router", "balance"} <= now.keys():
+    if not {"model", *(group for group, _ in LATER)} <= now.keys():
         return now  # damaged, which whoever needs them will say
     whole = now["router"].pop("select_groups", None)
     now["moe"].setdefault("groups", "whole" if whole else "free" if _has_groups(now) else "auto")

@@ -135,7 +135,8 @@ def _measuring(run: Run, checkpoints: Checkpoints) -> list[Periodic]:
         )
     if moe and config.metrics == "dense":
         shards = None
-        if run.start.source and config.model != "scratch":
+        comparable = moe.latent in (None, moe.hidden_size)  # experts of another size than the shards they came from
+        if run.start.source and config.model != "scratch" and comparable:
             shards = shard_reader(dense_shards(run.start.source, moe, conversion_request(config)), moe)
         measuring.append(ExpertSimilarity(run.record, moe, shards, every=every))
     return measuring

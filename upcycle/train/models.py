@@ -104,9 +104,11 @@ def check_layout(start: Start, layout: RankLayout) -> None:
 
 
 def _check_options(config: TrainConfig, ranks: Ranks) -> None:
-    if config.model == "upcycle" and config.init.scaling == "calibrated" and ranks.size > 1:
+    measures = {"init.scaling=calibrated": config.init.scaling, "init.latent=compress": config.init.latent}
+    asked = [option for option, value in measures.items() if option.endswith(f"={value}")]
+    if config.model == "upcycle" and asked and ranks.size > 1:
         raise ConfigError(
-            "init.scaling=calibrated measures the dense model whole, which a rank need not be able to hold",
+            f"{' and '.join(asked)} measures the dense model whole, which a rank need not be able to hold",
             found=f"{ranks.size} ranks",
             remedy="convert first, and train with model=checkpoint",
         )
@@ -152,12 +154,13 @@ def _upcycle(config: TrainConfig, ranks: Ranks) -> Start:
     kind = class_of(REWARD if made else head, made or transformers_config)
     tensors = [each for each in conversion.plan.tensors if not (made and each.name.endswith(head.tensor))]
     if ranks.size == 1:
-        materialiser = Materialiser(conversion.source.read, config.seed)
+        materialiser = Materialiser(conversion.source.read, config.seed, conversion.bases)
         values = {tensor.name: materialiser.tensor(tensor, torch.float32) for tensor in tensors}
         model, bytes_read = _filled(kind, made or transformers_config, values, fresh=bool(made)), None
     else:
         _check_sliceable(conversion.source, ranks)
-        slicing = SliceMaterialiser(conversion.source.read, config.seed, conversion.source.model.tensors())
+        shapes = conversion.source.model.tensors()
+        slicing = SliceMaterialiser(conversion.source.read, config.seed, shapes, conversion.bases)
         slices = {tensor.name: SlicedTensor(tensor, slicing) for tensor in tensors}
         with laid_out(ranks.layout) as layout:
             model = _filled(kind, made or transformers_config, slices, fresh=bool(made), **layout)
@@ -275,8 +278,9 @@ def dense_shards(source: DenseSource, moe: MoeDescription, request: ConvertConfi
         shared_neurons=part or None,
         layers=[dense.ffn_layers.index(layer) for layer in moe.layers],
         groups="free",
+        latent=None,
     )
-    init = replace(request.init, name="virtual_group", scaling="none")
+    init = replace(request.init, name="virtual_group", scaling="none", latent="exact")
     return prepare(replace(request, source=source.given, target="upcycled_moe", moe=one_group, init=init), execute=True)
 
 

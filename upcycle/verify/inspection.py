@@ -108,6 +108,7 @@ def _shape(moe: MoeDescription) -> dict[str, Any]:
         "top_k": moe.top_k,
         "expert_width": moe.expert_width,
         "shared_width": moe.shared_width,
+        "latent": moe.latent,
         "granularity": moe.granularity,
         "groups": moe.groups,
         "router_order": moe.router_order,
@@ -139,6 +140,8 @@ def inspection_table(found: Mapping[str, Any]) -> RenderableType:
     groups = f", groups {moe['groups']}" if moe["granularity"] > 1 else ""
     table.add_row("router", moe["router_order"] + groups)
     table.add_row("shared width", str(moe["shared_width"]))
+    if moe["latent"]:
+        table.add_row("latent", f"routed experts compute in {moe['latent']} dimensions")
     table.add_row("MoE layers", layers)
     for name, value in (*_provenance(found.get("provenance")), *_training(found.get("training"))):
         table.add_row(name, value)

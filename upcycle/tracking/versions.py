@@ -27,7 +27,7 @@ def upgraded(options: Mapping[str, Any]) -> dict[str, Any]:
     Before `moe.groups`, experts were chosen one by one unless `router.select_groups` was true.
     """
     now = deepcopy(dict(options))
-    if not {"model", *(group for group, _ in LATER)} <= now.keys():
+    if not {"model", "moe", "router", "balance"} <= now.keys():
         return now  # damaged, which whoever needs them will say
     whole = now["router"].pop("select_groups", None)
     now["moe"].setdefault("groups", "whole" if whole else "free" if _has_groups(now) else "auto")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SMALLEST = ["--steps=2", "--every=1", "--granularity", "2", "--windows=4", "--length=32"]
+SMALLEST = ["--steps=2", "--every=1", "--granularity", "2", "--windows=4", "--length=128"]
 
 
 def test_the_smallest_benchmark(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ COMMAND = re.compile(r"(?<![\w./])upcycle (?!that\b)([a-z][a-z-]*)")
 # Options of analysis in Python, and variables of SLURM.
 ELSEWHERE = ("allow", "nproc", "ntasks")
 # What a composition needs before the option can be there.
-BEFORE = {"data.files": "data=text", **dict.fromkeys(("data.path", "data.streaming", "data.max_documents"), "data=hf")}
+BEFORE = {"data.files": "data=text", "data.attributes": "data=textblob"}
+BEFORE |= dict.fromkeys(("data.path", "data.streaming", "data.max_documents"), "data=hf")
 LAUNCHER = "hydra.launcher."
 
 
@@ -119,7 +120,7 @@ def options_of(command: str) -> set[str]:
     """All options of a command by their path, groups among them."""
     groups = {each.name for each in CONF.iterdir() if each.is_dir()} | {"hydra/launcher"}
     names: set[str] = set()
-    for choices in ((), ("data=text",), ("data=hf",)):
+    for choices in ((), ("data=text",), ("data=hf",), ("data=attributes",)):
         config = composed(command, *choices)
         if isinstance(config, DictConfig):
             names |= set(paths(OmegaConf.to_container(config, resolve=False, throw_on_missing=False)))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import training
-from cli import process
+from cli import edit_json, process
 from models import token_ids
 from recipes import EXPERTS, TYPES, assignments, checkpoint, request, with_mixture
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -196,6 +196,13 @@ def test_what_a_bridge_would_lose_is_refused(
     with pytest.raises(SourceError, match=f"cannot take.*{model_type}(?s:.*){found}"):
         export_recipe(request(tmp_path / "out", moe=source))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_model_is_refused(text_model: Path, tmp_path: Path) -> None:
+    source = checkpoint("mixtral", tmp_path / "moe", tokenizer=text_model)
+    edit_json(source / "config.json", lambda config: config.update(architectures=["MixtralForSequenceClassification"]))
+    with pytest.raises(SourceError, match=r"cannot take.*mixtral(?s:.*)architectures=\['MixtralForSequenceClass"):
+        export_recipe(request(tmp_path / "out", moe=source))
 
 
 def folding(**degrees: int) -> FoldingConfig:

@@ -278,6 +278,7 @@ def test_a_padding_token_that_is_missing_is_the_tokenizer_s(ratings: Path, tmp_p
     [
         (("data=python_stdlib",), r"needs texts with attributes[\s\S]*data=attributes"),
         (("distill.weight=0.5",), r"distillation is of distributions"),
+        (("mtp.start=copy",), r"multi-token prediction is of language models"),
         (("router.capacity_factor=1.0",), r"padding would take the places"),
         (("router.expert_choice=true",), r"padding would take the places"),
         (("objective=causal_lm",), r"has texts with attributes[\s\S]*set objective=regression"),

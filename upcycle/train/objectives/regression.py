@@ -74,6 +74,12 @@ def _check(config: TrainConfig) -> None:
             found=f"distill.weight={config.distill.weight:g} with objective=regression",
             remedy="set distill.weight=0",
         )
+    if config.mtp.start != "none":
+        raise ConfigError(
+            "multi-token prediction is of language models",
+            found=f"mtp.start={config.mtp.start} with objective=regression",
+            remedy="set mtp.start=none",
+        )
     if config.router.capacity_factor is not None or config.router.expert_choice:
         raise ConfigError(
             "padding would take the places of tokens",

@@ -15,9 +15,11 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, 
 
 from upcycle.arch.head import CAUSAL, NEMO_ATTRIBUTES, OFFSETS, REWARD, attributes_of, head_of
 from upcycle.arch.targets import TARGETS
-from upcycle.errors import SourceError, TargetError
+from upcycle.convert.prepare import prepare
+from upcycle.errors import ConfigError, SourceError, TargetError
 from upcycle.models.load import load_dense
 from upcycle.models.source import open_source
+from upcycle.parallel.sizes import conversion_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -153,6 +155,12 @@ def test_nemo_s_head_of_nine(tmp_path: Path) -> None:
         loaded = load_dense(source)(input_ids=models.token_ids()).logits
     for found in (loaded, rewards.scores(made.directory, models.token_ids())):
         assert float((found - expected).abs().max()) < CLOSE
+
+
+def test_its_training_is_not_planned(reward: Path, tmp_path: Path) -> None:
+    conversion = prepare(conversions.options(reward, tmp_path / "moe", **EXACT), execute=False)
+    with pytest.raises(ConfigError, match=r"planned for language models alone[\s\S]*leave parallel out"):
+        conversion_sizes(conversion)
 
 
 def test_the_code_travels(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from upcycle.arch.families import FAMILIES
+from upcycle.arch.head import CAUSAL
 from upcycle.arch.mixing import SCAN, mixers
 from upcycle.arch.targets import TARGETS
 from upcycle.errors import ConfigError
@@ -239,7 +240,17 @@ def outside(sizes: ModelSizes) -> Iterator[Weight]:
 
 
 def conversion_sizes(conversion: Conversion) -> ModelSizes:
-    """The sizes of what a conversion makes."""
+    """The sizes of what a conversion makes.
+
+    Raises:
+        ConfigError: a reward model, whose head and logits are not those that are counted.
+    """
+    if conversion.source.model.head is not CAUSAL:
+        raise ConfigError(
+            "training is planned for language models alone",
+            found=f"{conversion.source.given} is a {conversion.source.model.head.name} model",
+            remedy="leave parallel out, or plan the language model that it was made of",
+        )
     model, moe = conversion.source.model, conversion.plan.moe
     backbone = model.backbone
     norms = 0 if backbone.norm == "layernorm_without_weights" else 2 if backbone.norm_placement == "sandwich" else 1

@@ -106,6 +106,27 @@ def test_experts_are_shards_between_the_projections(speaking, tmp_path):
     assert_lossless(done.directory, conversions.outputs(speaking("gpt2")), TOLERANCE["topk_softmax"])
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"init": "random", "scaling": "none", "shared_neurons": 8},
+        {"init": "random", "scaling": "none", "shared_experts": 1},
+        {"init": "drop", **COMPRESS},
+        {"init": "noise", **COMPRESS, "shared_neurons": 8},
+        {**COMPRESS, "shared_neurons": 8, "dtype": "bfloat16"},
+    ],
+)
+def test_other_initializations_load_and_say_what_they_lose(changes, speaking, tmp_path):
+    """With biases, of which the shared expert's is of the hidden size and the routed ones' of the latent size."""
+    done = conversions.run(options(speaking("nemotron_biases"), tmp_path / "moe", **{"latent": LATENT, **changes}))
+    conversions.load(done.directory)
+    assert done.plan.losses
+    tensors, block = conversions.read_tensors(done.directory), "language_model.model.layers.0.mlp."
+    assert tensors[f"{block}experts.down_proj_bias"].shape == (8, LATENT)
+    if done.plan.moe.shared_width:
+        assert tensors[f"{block}shared_expert.down_proj.bias"].shape == (models.HIDDEN,)
+
+
 FAMILIES = ["llama", "llama_biases", "gpt2", "phi3", "nemotron_biases", "nemotron_h", "gemma3"]
 
 

@@ -60,8 +60,8 @@ def test_it_learns_and_is_measured(trained: Path) -> None:
     losses = [row["train/mtp_loss"] for row in rows if "train/mtp_loss" in row]
     assert losses[-1] < losses[0]
     last = rows[-1]
-    assert last["val/mtp_1/loss"] > 0
-    assert 0 <= last["val/mtp_2/accepted"] <= last["val/mtp_1/accepted"] <= 1
+    assert last["val/mtp_2/loss"] > 0
+    assert 0 <= last["val/mtp_3/accepted"] <= last["val/mtp_2/accepted"] <= 1
 
 
 def test_the_model_itself_starts_where_it_does_without(hybrid: Path, text: Path, trained: Path, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_exported_under_its_published_names_and_kept(trained: Path, text: Path, 
     kept = ("model=checkpoint", f"source='{output}'", "tokenizer=bytes", "mtp.start=keep", "mtp.depths=2")
     training.run(training.options(text, tmp_path / "kept", *kept))
     before, after = training.rows(trained)[-1], training.rows(tmp_path / "kept")[0]
-    assert after["val/mtp_1/loss"] == pytest.approx(before["val/mtp_1/loss"], rel=1e-5)
+    assert after["val/mtp_2/loss"] == pytest.approx(before["val/mtp_2/loss"], rel=1e-5)
     assert after["val/loss"] == pytest.approx(before["val/loss"], rel=1e-5)
 
 
@@ -114,8 +114,8 @@ def test_a_dense_hybrid_has_an_ffn_in_its_block(hybrid: Path, text: Path, tmp_pa
         training.options(text, tmp_path / "run", *given(hybrid, "mtp.start=random", arm="dense"), "mtp.depths=1")
     )
     assert run.start.model.config.mtp_layers_block_type == ["full_attention", "mlp"]
-    assert "val/mtp_1/loss" in training.rows(tmp_path / "run")[-1]
-    assert "val/mtp_2/loss" not in training.rows(tmp_path / "run")[-1]
+    assert "val/mtp_2/loss" in training.rows(tmp_path / "run")[-1]
+    assert "val/mtp_3/loss" not in training.rows(tmp_path / "run")[-1]
 
 
 def with_block() -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """Every metric that training reports: name, unit, and how a run's rows are reduced to one number.
 
-Knows nothing else. A name with `{domain}`, `{attribute}` or `{layer}` stands for one metric per domain, attribute
-or MoE layer.
+Knows nothing else. A name with `{domain}`, `{attribute}`, `{ahead}` or `{layer}` stands for one metric per domain,
+attribute, token ahead or MoE layer.
 """
 
 from __future__ import annotations
@@ -55,12 +55,10 @@ METRICS = (
     _metric("train/step_seconds", "s", "mean", "time of one optimizer step, validation left out"),
     _metric("val/loss", "nats/token", "last", "cross entropy over all held-out windows used"),
     _metric("val/perplexity", "1", "last", "exp(val/loss)"),
-    _metric("val/mtp_{depth}/loss", "nats/token", "last", "cross entropy of the token so many after the next one"),
+    _metric("val/mtp_loss", "nats/token", "last", "cross entropy of the second token ahead, the one after the next"),
+    _metric("val/mtp_{ahead}/loss", "nats/token", "last", "cross entropy of the token so many ahead, from 2"),
     _metric(
-        "val/mtp_{depth}/accepted",
-        "1",
-        "last",
-        "share of its best guesses, and of those before, that the model makes too",
+        "val/mtp_{ahead}/accepted", "1", "last", "share of such guesses, and of those before, that are the model's own"
     ),
     _metric("val/{domain}/loss", "nats/token", "last", "cross entropy by domain"),
     _metric("val/{domain}/nats_per_byte", "nats/byte", "last", "cross entropy by domain, per byte of text"),

@@ -76,8 +76,10 @@ class CausalLm:
             row[f"val/{domain}/loss"] = loss
             row[f"val/{domain}/nats_per_byte"] = loss / self._corpus.bytes_per_token[domain]
         measured = ahead_metrics(model, held_out, batch_size=batch_size, windows=samples, depths=self._mtp.depths)
-        for depth, found in enumerate(measured, start=1):
-            row |= {f"val/mtp_{depth}/loss": found.loss, f"val/mtp_{depth}/accepted": found.accepted}
+        for ahead, found in enumerate(measured, start=2):
+            row |= {f"val/mtp_{ahead}/loss": found.loss, f"val/mtp_{ahead}/accepted": found.accepted}
+        if measured:
+            row["val/mtp_loss"] = measured[0].loss
         return row
 
     def distillation(self, logits_BLV: Tensor, batch: Batch) -> Tensor:

@@ -131,7 +131,7 @@ def test_a_seed_of_the_worker_is_rejected(source: Path, tmp_path: Path, monkeypa
     given = {"init": "noise", "max_shard_size": SMALL}
     one = converted(options(source, tmp_path / "one", **given))
     original = workers.Materialiser
-    monkeypatch.setattr(workers, "Materialiser", lambda read, seed: original(read, seed + 1))
+    monkeypatch.setattr(workers, "Materialiser", lambda read, seed, *bases: original(read, seed + 1, *bases))
     other = converted(options(source, tmp_path / "other", **given))
     assert one
     assert other

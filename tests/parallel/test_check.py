@@ -10,6 +10,7 @@ from published import MODELS, folding, gpu, workload
 from upcycle.errors import ConfigError
 from upcycle.parallel.check import checked_layout
 from upcycle.parallel.config import ParallelConfig
+from upcycle.parallel.sizes import Mamba
 
 COARSE, FINE = MODELS["Mixtral 8x22B"], MODELS["Mixtral 8x22B-G8T8"]
 H100 = gpu("h100")
@@ -63,6 +64,27 @@ def test_impossible_layouts_name_the_nearest(parallel, nodes, what, found, remed
     assert what in message.splitlines()[0]
     assert f"found:    {found}" in message or found in message
     assert remedy is None or remedy in message
+
+
+@pytest.mark.parametrize(
+    ("groups", "parallel", "what", "remedy"),
+    [
+        (3, folding(tp=2), "tp does not divide the groups of Mamba-2", "set parallel.tp to 1 or 3"),
+        (8, folding(tp=2, cp=64), "cp does not divide the heads of Mamba-2 that tp leaves a rank", "parallel.cp to 48"),
+        (6, folding(tp=2, cp=2), "cp neither divides the groups of Mamba-2", "set parallel.cp to 1 or 3"),
+    ],
+)
+def test_tp_and_cp_split_groups_of_mamba(groups, parallel, what, remedy):
+    mamba = Mamba(channels=96 * 64, heads=96, states=128, groups=groups, convolved=96 * 64 + 256 * groups, kernel=4)
+    message = refused(parallel, 16, sizes=replace(FINE, mamba=mamba))
+    assert what in message.splitlines()[0]
+    assert remedy in message
+
+
+def test_heads_of_one_group_are_split_by_cp():
+    mamba = Mamba(channels=96 * 64, heads=96, states=128, groups=2, convolved=96 * 64 + 512, kernel=4)
+    step = workload()
+    assert checked_layout(folding(tp=2, cp=4), replace(FINE, mamba=mamba), step, H100, 1).cp == 4
 
 
 def test_ep_has_to_divide_the_experts():

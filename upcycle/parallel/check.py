@@ -14,7 +14,7 @@ from upcycle.parallel.rank_layout import check_experts, check_heads, divisors, r
 if TYPE_CHECKING:
     from upcycle.parallel.config import ParallelConfig, WorkloadConfig
     from upcycle.parallel.gpu import Gpu
-    from upcycle.parallel.sizes import ModelSizes
+    from upcycle.parallel.sizes import Mamba, ModelSizes
 
 
 def checked_layout(
@@ -39,12 +39,27 @@ def _folding(config: FoldingConfig, sizes: ModelSizes, gpu: Gpu, nodes: int) -> 
     _divides("tp", tp, "heads of keys and values", sizes.kv_heads)
     _divides("tp", tp, "width of the FFN", sizes.ffn_width if sizes.count("dense") else 0)
     if sizes.mamba:
-        _divides("tp", tp, "heads of Mamba-2", sizes.mamba.heads)
+        _split_mamba(sizes.mamba, tp, cp)
     _divides("tp", tp, "width of the shared experts", sizes.shared_width)
     _divides("pp", pp, "layers", sizes.layers)
     _divides("etp", etp, "width of an expert", sizes.expert_width)
     _divides("ep", ep, "experts", sizes.experts)
     return Folding(engine="megatron", tp=tp, cp=cp, dp=world // attention, pp=pp, etp=etp, ep=ep, edp=world // moe)
+
+
+def _split_mamba(mamba: Mamba, tp: int, cp: int) -> None:
+    """Check that TP and CP give every rank heads, and whole groups or heads of one (megatron/core/ssm, 0.19.2)."""
+    _divides("tp", tp, "heads of Mamba-2", mamba.heads)
+    _divides("tp", tp, "groups of Mamba-2", mamba.groups)
+    heads, groups = mamba.heads // tp, mamba.groups // tp
+    _divides("cp", cp, "heads of Mamba-2 that tp leaves a rank", heads)
+    if max(cp, groups) % min(cp, groups):
+        possible = [ways for ways in divisors(heads) if max(ways, groups) % min(ways, groups) == 0]
+        raise ConfigError(
+            "parallel.cp neither divides the groups of Mamba-2 that tp leaves a rank, nor is a multiple of them",
+            found=f"cp {cp}, {groups} groups",
+            remedy=f"set parallel.cp to {nearest(cp, possible)}",
+        )
 
 
 def _fsdp(config: ParallelConfig, sizes: ModelSizes, gpu: Gpu, nodes: int) -> Folding:

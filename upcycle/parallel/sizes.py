@@ -30,6 +30,7 @@ class Mamba:
 
     Attributes:
         channels, heads, states: of the scan.
+        groups: of heads, which share what the states read and write.
         convolved: channels of the convolution.
         kernel: its width.
     """
@@ -37,6 +38,7 @@ class Mamba:
     channels: int
     heads: int
     states: int
+    groups: int
     convolved: int
     kernel: int
 
@@ -289,6 +291,7 @@ def _mixing(config: Any) -> dict[str, Any]:
         channels=symbols["I"],
         heads=symbols["S"],
         states=symbols["N"],
+        groups=symbols["G"],
         convolved=symbols["C"],
         kernel=symbols["W"],
     )

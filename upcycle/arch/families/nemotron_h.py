@@ -69,7 +69,7 @@ def ahead_fields(kinds: tuple[str, ...]) -> dict[str, Any]:
 def symbols(config: Any) -> dict[str, int]:
     """Sizes of a Mamba-2 layer, and of a mixture of experts.
 
-    I channels, S heads, N states; C channels of the convolution, W its width; R rows of in_proj.
+    I channels, S heads in G groups, N states; C channels of the convolution, W its width; R rows of in_proj.
     """
     heads, states = config.mamba_num_heads, config.ssm_state_size
     inner, inputs = heads * config.mamba_head_dim, 2 * config.n_groups * states
@@ -80,7 +80,15 @@ def symbols(config: Any) -> dict[str, int]:
         "shared": config.moe_shared_expert_intermediate_size or config.intermediate_size,
         "latent": config.moe_latent_size or config.hidden_size,
     }
-    return {"I": inner, "S": heads, "N": states, **convolution, "R": 2 * inner + inputs + heads, **mixture}
+    return {
+        "I": inner,
+        "S": heads,
+        "G": config.n_groups,
+        "N": states,
+        **convolution,
+        "R": 2 * inner + inputs + heads,
+        **mixture,
+    }
 
 
 def backbone(config: Any) -> Backbone:

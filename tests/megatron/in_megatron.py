@@ -12,22 +12,35 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.gpt_provider import local_layer_spec
+from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
 from megatron.bridge.models.olmoe.olmoe_provider import OLMoESelfAttention, olmoe_layer_spec
 from megatron.bridge.training.config import runtime_config_update
 from megatron.core import parallel_state
+from megatron.core.models.hybrid import hybrid_block
+from megatron.core.post_training.modelopt.hybrid import model_specs
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.moe import moe_layer
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 DEGREES = ("tensor_model", "context", "pipeline_model", "expert_tensor", "expert_model")
 SETTINGS = {
-    "model": "num_moe_experts moe_router_topk moe_ffn_hidden_size moe_router_pre_softmax moe_router_dtype "
-    "moe_router_load_balancing_type moe_aux_loss_coeff attention_dropout hidden_dropout bf16 seq_length",
+    "model": "num_moe_experts moe_router_topk moe_ffn_hidden_size moe_shared_expert_intermediate_size moe_latent_size "
+    "moe_router_score_function moe_router_pre_softmax moe_router_topk_scaling_factor moe_router_enable_expert_bias "
+    "moe_router_bias_update_rate moe_router_num_groups moe_router_group_topk moe_router_dtype "
+    "moe_router_load_balancing_type moe_aux_loss_coeff gated_linear_unit num_layers attention_dropout hidden_dropout "
+    "bf16 seq_length",
     "train": "train_iters global_batch_size micro_batch_size",
     "validation": "eval_interval eval_iters",
     "optimizer": "optimizer lr min_lr weight_decay adam_beta1 adam_beta2 adam_eps clip_grad bf16",
@@ -39,6 +52,18 @@ LOCAL = {
     "mlp.experts.linear_fc1.weight*": "mlp.experts.local_experts.*.linear_fc1.weight",
     "mlp.experts.linear_fc2.weight*": "mlp.experts.local_experts.*.linear_fc2.weight",
 }
+
+
+class TELinear(torch.nn.Linear):
+    """A projection that every rank has whole, under the name by which the bridge knows it."""
+
+    parallel_mode = "duplicated"
+
+    def __init__(self, size_in: int, size_out: int, **_: Any) -> None:
+        super().__init__(size_in, size_out, bias=False)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x), None
 
 
 def main(directories: list[Path]) -> None:
@@ -63,16 +88,17 @@ def imported(directory: Path) -> Any:
 def settings(recipe: Any) -> dict[str, Any]:
     """What a recipe's configuration holds once Megatron has completed and checked it for 8 GPUs."""
     config = recipe.config()
-    config.model.moe_permute_fusion = False  # a kernel of Transformer Engine
+    config.model.moe_permute_fusion = config.model.apply_rope_fusion = False  # kernels of Transformer Engine
     os.environ["WORLD_SIZE"] = "8"
     runtime_config_update(config)
     found = {part: {name: getattr(getattr(config, part), name) for name in SETTINGS[part].split()} for part in SETTINGS}
     degrees = [getattr(config.model, f"{name}_parallel_size") for name in DEGREES]
-    return {**found, "degrees": [*degrees, config.data_parallel_size]}
+    pattern = getattr(config.model, "hybrid_layer_pattern", None)
+    return {**found, "degrees": [*degrees, config.data_parallel_size], "pattern": pattern}
 
 
 def logits(recipe: Any) -> dict[str, Any]:
-    """The largest logit of transformers' model, how far Megatron's are off, and those of two wrong models."""
+    """The largest logit of transformers' model, how far Megatron's are off, and those of wrong models."""
     provider = recipe.model()
     bridge = AutoBridge.from_hf_pretrained(str(recipe.HERE), dtype=torch.float32)
     model = on_cpu(provider)
@@ -83,30 +109,57 @@ def logits(recipe: Any) -> dict[str, Any]:
     tokens = torch.randint(0, provider.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(recipe.HERE, dtype=torch.float32).eval()(tokens).logits
-        off = {"off": run(model, tokens) - expected}
-        provider.moe_router_pre_softmax = not provider.moe_router_pre_softmax
-        off["off_in_the_other_order"] = run(model, tokens) - expected
-        provider.moe_router_pre_softmax = not provider.moe_router_pre_softmax
-        gate_and_up = model.decoder.layers[0].mlp.experts.local_experts[0].linear_fc1.weight
-        gate_and_up.copy_(torch.cat(gate_and_up.chunk(2)[::-1]))
-        off["off_with_gate_and_up_swapped"] = run(model, tokens) - expected
-    return {"largest": expected.abs().max().item(), **{name: each.abs().max().item() for name, each in off.items()}}
+        off = (run(model, tokens) - expected).abs().max().item()
+        wrong = {name: (run(model, tokens) - expected).abs().max().item() for name in mutants(provider, model)}
+    returned = {name: tensor for name, tensor in bridge.export_hf_weights([model], cpu=True, show_progress=False)}
+    stored = {name: tensor for file in recipe.HERE.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    same = [name for name in returned.keys() & stored.keys() if torch.equal(returned[name], stored[name])]
+    back = sorted({*returned, *stored} - {*same})
+    return {"largest": expected.abs().max().item(), "off": off, "mutants": wrong, "differing_back": back}
+
+
+def mutants(provider: Any, model: Any) -> Iterator[str]:
+    """Names of what is wrong with the model, one thing after the other, until the next one is asked for."""
+    hybrid, layers = isinstance(provider, HybridModelProvider), model.decoder.layers
+    name, value = ("topk_scaling_factor", 1.0) if hybrid else ("pre_softmax", not provider.moe_router_pre_softmax)
+    mixture = next(layer.mlp for layer in layers if hasattr(getattr(layer, "mlp", None), "experts"))
+    swapped = {"gate and up, or halves of up, swapped": mixture.experts.local_experts[0].linear_fc1.weight}
+    if hybrid:
+        scan = layers[0].mixer
+        swapped |= {"biases for choosing": mixture.router.expert_bias, "decay": scan.A_log, "gate": scan.in_proj.weight}
+        if provider.moe_latent_size:
+            swapped["into the latent size"] = mixture.fc1_latent_proj.weight
+    kept = getattr(provider, f"moe_router_{name}")
+    setattr(provider, f"moe_router_{name}", value)
+    yield name
+    setattr(provider, f"moe_router_{name}", kept)
+    for name, weight in swapped.items():
+        kept = weight.clone()
+        weight.copy_(torch.cat(weight.chunk(2)[::-1]))
+        yield name
+        weight.copy_(kept)
 
 
 def on_cpu(provider: Any) -> Any:
     """The model of a provider, whole, of Megatron-Core's own layers."""
-    own_attention = provider.transformer_layer_spec is olmoe_layer_spec
+    if isinstance(provider, HybridModelProvider):
+        provider.hybrid_stack_spec = hybrid_layers()
+        provider.moe_shared_expert_overlap = False  # CUDA streams again
+        provider.attention_backend = AttnBackend.auto  # as of the other types: it is set once for a process
+    else:
+        own_attention = provider.transformer_layer_spec is olmoe_layer_spec
 
-    def layers(config: Any) -> Any:
-        spec = local_layer_spec(config)
-        if own_attention:
-            spec.submodules.self_attention.module = OLMoESelfAttention
-        return spec
+        def layers(config: Any) -> Any:
+            spec = local_layer_spec(config)
+            if own_attention:
+                spec.submodules.self_attention.module = OLMoESelfAttention
+            return spec
 
-    provider.transformer_layer_spec = layers
+        provider.transformer_layer_spec = layers
     for name in DEGREES:
         setattr(provider, f"{name}_parallel_size", 1)
     provider.sequence_parallel = provider.bf16 = provider.moe_grouped_gemm = provider.moe_permute_fusion = False
+    provider.apply_rope_fusion = False
     provider.persist_layer_norm = provider.gradient_accumulation_fusion = False
     provider.use_cpu_initialization = provider.perform_initialization = True
     provider.moe_token_dispatcher_type = "allgather"  # the one without CUDA streams
@@ -114,6 +167,13 @@ def on_cpu(provider: Any) -> Any:
     provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
     provider.finalize()
     return provider.provide(True, True).eval()
+
+
+def hybrid_layers() -> Any:
+    """The kinds of layers of a hybrid, with torch's norms and projections where Megatron-Core has none of its own."""
+    model_specs.Norm = hybrid_block.TENorm = WrappedTorchNorm
+    moe_layer.HAVE_TE, moe_layer.TELinear = True, TELinear
+    return model_specs.get_hybrid_stack_modelopt_spec(local_core_attention=True)
 
 
 def local(mapping: Any) -> Any:

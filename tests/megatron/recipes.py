@@ -18,10 +18,28 @@ from upcycle.parallel.gpu import Gpu
 from upcycle.train.config import ExportConfig, RecipeConfig, TrainConfig
 
 EXPERTS = 8
+# Where transformers 5.12 has no kernels of mamba-ssm, as the tests have none, it loses states between chunks, and has a
+# least time step, which the kernels have not: one chunk for all tokens of a test, and almost no least.
+WITHOUT_KERNELS = {"chunk_size": 32, "time_step_min": 1e-9}
 TYPES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": EXPERTS, "moe_intermediate_size": 12, "head_dim": 8, "norm_topk_prob": True},
     "olmoe": {"num_experts": EXPERTS, "num_key_value_heads": 4, "norm_topk_prob": False},
     "mixtral": {"num_local_experts": EXPERTS, "sliding_window": None},
+    "nemotron_h": {
+        "hybrid_override_pattern": "ME*E-M",
+        "num_hidden_layers": 6,
+        "head_dim": 8,
+        "n_groups": 2,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        **WITHOUT_KERNELS,
+        "n_routed_experts": EXPERTS,
+        "moe_intermediate_size": 12,
+        "moe_shared_expert_intermediate_size": 20,
+        "moe_latent_size": 16,
+        "routed_scaling_factor": 2.5,
+    },
 }
 
 
@@ -35,8 +53,11 @@ def checkpoint(model_type: str, directory: Path, *, tokenizer: Path, **fields: A
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
-        if "norm" in name:
+        if "norm" in name or name.endswith(("dt_bias", ".D")):
             torch.nn.init.normal_(parameter, mean=1, std=0.2)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.normal_(buffer, std=0.1)
     models.save(model, directory)
     for file in tokenizer.glob("tokenizer*"):
         shutil.copy(file, directory)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 pytest_plugins = ("text_model",)
 ROOT = Path(__file__).parents[2]
 FOLDING = FoldingConfig(tp=2, cp=1, pp=2, etp=1, ep=4)
+SCHEDULE = "{start: 1e-3, end: 0, steps: 2}"
 MOE_RUN = ("model=upcycle", *training.SMALL_MOE, "target=mixtral", "moe.router_order=topk_softmax")
 
 
@@ -185,6 +186,20 @@ LOST: list[tuple[str, dict[str, Any], str]] = [
     ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1"),
     ("olmoe", {"num_key_value_heads": 2}, "num_key_value_heads=2"),
     ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
+    ("nemotron_h", {"mlp_hidden_act": "silu"}, "mlp_hidden_act=silu"),
+    ("nemotron_h", {"num_experts_per_tok": 1}, "num_experts_per_tok=1 with sigmoid_topk"),
+    ("nemotron_h", {"norm_topk_prob": False}, "norm_topk_prob=false"),
+    ("nemotron_h", {"n_group": 4, "topk_group": 2}, "n_group=4, topk_group=2"),
+    ("nemotron_h", {"num_nextn_predict_layers": 1}, "num_nextn_predict_layers=1"),
+    ("nemotron_h", {"tie_word_embeddings": True}, "tie_word_embeddings=True"),
+    ("nemotron_h", {"mlp_bias": True}, "mlp_bias=True"),
+    ("nemotron_h", {"use_bias": True}, "use_bias=True"),
+    ("nemotron_h", {"use_conv_bias": False}, "use_conv_bias=false"),
+    ("nemotron_h", {"conv_kernel": 3}, "conv_kernel=3"),
+    ("nemotron_h", {"mamba_hidden_act": "gelu"}, "mamba_hidden_act=gelu"),
+    ("nemotron_h", {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06"),
+    ("nemotron_h", {"time_step_limit": [0.0, 0.1]}, "time_step_limit="),
+    ("nemotron_h", {"hidden_dropout": 0.1}, "hidden_dropout=0.1"),
 ]
 
 
@@ -195,6 +210,69 @@ def test_what_a_bridge_would_lose_is_refused(
     source = checkpoint(model_type, tmp_path / "moe", tokenizer=text_model, **fields)
     with pytest.raises(SourceError, match=f"cannot take.*{model_type}(?s:.*){found}"):
         export_recipe(request(tmp_path / "out", moe=source))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("limits", "top_k"), [((4, 1), 2), ((4, 4), 3)])
+def test_groups_of_neighbours_that_megatron_chooses_alike(
+    text_model: Path, tmp_path: Path, limits: tuple[int, int], top_k: int
+) -> None:
+    """Its best K / topk_group of a group are the best two of transformers; or all groups are chosen."""
+    fields = {"n_group": limits[0], "topk_group": limits[1], "num_experts_per_tok": top_k}
+    source = checkpoint("nemotron_h", tmp_path / "moe", tokenizer=text_model, **fields)
+    assert export_recipe(request(tmp_path / "out", moe=source)).exists()
+
+
+def test_a_hybrid_without_experts_is_refused(text_model: Path, tmp_path: Path) -> None:
+    source = checkpoint("nemotron_h", tmp_path / "moe", tokenizer=text_model, hybrid_override_pattern="M-*-M-")
+    with pytest.raises(SourceError, match="(?s)a mixture of experts.*convert it with target=nemotron_h"):
+        export_recipe(request(tmp_path / "out", moe=source))
+    assert not (tmp_path / "out").exists()
+
+
+def test_config_json_of_a_hybrid_is_in_the_words_of_a_recipes_transformers(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """5.12.1 refuses those that newer ones write."""
+    assert "layers_block_type" in json.loads((sources["nemotron_h"] / "config.json").read_text())
+    written = json.loads(
+        (export_recipe(request(tmp_path / "out", moe=sources["nemotron_h"])) / "config.json").read_text()
+    )
+    assert written["hybrid_override_pattern"] == "ME*E-M"
+    assert "layers_block_type" not in written
+
+
+def test_a_run_of_a_hybrid_brings_its_biases(sources: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    changes = ["model=checkpoint", f"source='{sources['nemotron_h']}'", "balance.bias_update=0.002"]
+    training.run(training.options(text, tmp_path / "run", *changes, "router.scaling_factor=1.5"))
+    asked = request(tmp_path / "out", run=tmp_path / "run", workload=RecipeConfig(sequences=8), steps=None)
+    directory = export_recipe(asked)
+    expected = {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_topk_scaling_factor": 1.5,
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.002,
+    }
+    found = assignments(directory / "recipe.py")
+    assert {name: found[name] for name in expected} == expected
+    assert "\nmamba-ssm==" in (directory / "requirements.txt").read_text()
+
+
+def test_pipelines_of_hybrids_are_not_interleaved(sources: dict[str, Path], tmp_path: Path) -> None:
+    """Megatron-Bridge has no virtual stages of them; without that, these would be 3 layers apart."""
+    directory = export_recipe(request(tmp_path / "out", moe=sources["nemotron_h"], parallel=FOLDING))
+    assert assignments(directory / "recipe.py")["virtual_pipeline_model_parallel_size"] is None
+
+
+@pytest.mark.parametrize("option", [f"balance.bias_update={SCHEDULE}", "mtp.start=random"])
+def test_training_of_a_hybrid_that_a_recipe_cannot_express_is_refused(
+    sources: dict[str, Path], text: Path, tmp_path: Path, option: str
+) -> None:
+    given = ["model=checkpoint", f"source='{sources['nemotron_h']}'", option]
+    training.run(training.options(text, tmp_path / "run", *given))
+    asked = request(tmp_path / "out", run=tmp_path / "run", workload=RecipeConfig(sequences=8), steps=None)
+    with pytest.raises(UpcycleError, match=f"cannot express {option.partition('=')[0]}"):
+        export_recipe(asked)
     assert not (tmp_path / "out").exists()
 
 
@@ -237,9 +315,6 @@ def test_tp_has_to_divide_the_vocabulary(text_model: Path, tmp_path: Path) -> No
     free = FoldingConfig(tp=None, cp=1, pp=1, etp=1, ep=1)
     found = assignments(export_recipe(replace(asked, parallel=free)) / "recipe.py")
     assert found["tensor_model_parallel_size"] == 1
-
-
-SCHEDULE = "{start: 1e-3, end: 0, steps: 2}"
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,26 @@
 """Recipes with the real packages, which `make test` and `make test-megatron` put into a directory of their own.
 
 Types are checked against the packages' signatures. `in_megatron.py` builds the configurations, and runs the models, on
-a CPU with empty modules for Transformer Engine and the like (`without_gpu.py`).
+a CPU with empty modules for Transformer Engine and the like (`without_gpu.py`). Of hybrids it runs Megatron-Core's own
+Mamba-2 layer, in which `mamba_on_cpu.py` stands for the kernels.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import conversions
+import models
 import pytest
 import training
 import without_gpu
-from recipes import EXPERTS, TYPES, checkpoint, request, with_mixture
+from recipes import EXPERTS, TYPES, WITHOUT_KERNELS, checkpoint, request, with_mixture
 from transformers import AutoTokenizer
 
 from upcycle.megatron.export import export_recipe
@@ -37,6 +41,24 @@ pytestmark = [
 ]
 
 
+def hybrids(root: Path, text_model: Path) -> dict[str, Path]:
+    """More mixtures: what this library makes of a dense hybrid, and one that chooses experts from groups of them."""
+    dense = root / "dense"
+    models.save(models.build("nemotron_h", vocab_size=300, **WITHOUT_KERNELS), dense)
+    for file in text_model.glob("tokenizer*"):
+        shutil.copy(file, dense)
+    router = {
+        "router_order": "auto",
+        "router_std": 0.02,
+    }  # at conversions.ROUTER_STD sigmoids of two groups may be equal
+    asked = conversions.options(dense, root / "converted-source", target="nemotron_h", **router)
+    limits = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 4, "moe_latent_size": None}
+    return {
+        "converted": conversions.run(asked).directory,
+        "limited": checkpoint("nemotron_h", root / "limited-source", tokenizer=text_model, **limits),
+    }
+
+
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory: pytest.TempPathFactory, text_model: Path, text: Path) -> dict[str, Path]:
     """A recipe for 8 GPUs of a checkpoint of every type, and one of a run with options that are not the default."""
@@ -46,6 +68,8 @@ def recipes(tmp_path_factory: pytest.TempPathFactory, text_model: Path, text: Pa
         source = checkpoint(name, root / f"{name}-source", tokenizer=text_model)
         folding = FoldingConfig(tp=1 if name == "olmoe" else 2, cp=1, pp=2, etp=1, ep=4)
         found[name] = export_recipe(request(root / name, moe=source, parallel=folding))
+    for name, source in hybrids(root, text_model).items():
+        found[name] = export_recipe(request(root / name, moe=source))
     changes = ["balance.statistics=global_batch", "optim.clip=null"]
     changes += ["schedule=wsd", "schedule.peak=1e-2", "schedule.warmup=2", "schedule.decay=3"]
     moe = ["model=upcycle", *training.SMALL_MOE, "target=mixtral", "moe.router_order=topk_softmax"]
@@ -122,13 +146,25 @@ def test_the_configuration_of_a_checkpoint(report: dict[str, Any], model_type: s
     found = report[model_type]
     tp = 1 if model_type == "olmoe" else 2
     assert found["degrees"] == [tp, 1, 2, 1, 4, 8 // (2 * tp)]  # the last is DP
+    hybrid = model_type == "nemotron_h"
+    assert found["pattern"] == ("ME*E-M" if hybrid else None)
     assert found["model"] == {
         "num_moe_experts": EXPERTS,
         "moe_router_topk": 2,
-        "moe_ffn_hidden_size": 12 if model_type == "qwen3_moe" else 24,
+        "moe_ffn_hidden_size": 12 if model_type in ("qwen3_moe", "nemotron_h") else 24,
+        "moe_shared_expert_intermediate_size": 20 if hybrid else None,
+        "moe_latent_size": 16 if hybrid else None,
+        "gated_linear_unit": not hybrid,
+        "num_layers": 6 if hybrid else 2,
+        "moe_router_score_function": "sigmoid" if hybrid else "softmax",
+        "moe_router_topk_scaling_factor": 2.5 if hybrid else None,
+        "moe_router_enable_expert_bias": hybrid,
+        "moe_router_bias_update_rate": 0.0,
+        "moe_router_num_groups": 1 if hybrid else None,
+        "moe_router_group_topk": 1 if hybrid else None,
         "moe_router_pre_softmax": model_type == "olmoe",
         "moe_router_load_balancing_type": "aux_loss",
-        "moe_aux_loss_coeff": 0.005,  # two layers, whose losses Megatron adds up
+        "moe_aux_loss_coeff": 0.005,  # two layers with experts, whose losses Megatron adds up
         "moe_router_dtype": "fp32",
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
@@ -166,14 +202,28 @@ def test_the_configuration_of_a_run(report: dict[str, Any]) -> None:
     assert found["dataset"]["blend_per_split"] == [[["code", "rest"], [3.0, 0.5]], None, None]
 
 
-@pytest.mark.parametrize("model_type", TYPES)
-def test_the_loaded_weights_give_the_logits_of_transformers(report: dict[str, Any], model_type: str) -> None:
+def test_the_configuration_of_a_conversion(report: dict[str, Any]) -> None:
+    found = report["converted"]
+    assert found["pattern"] == "ME*E"
+    expected = {"num_moe_experts": 8, "moe_router_topk": 2, "moe_router_topk_scaling_factor": 2.0}
+    expected |= {"moe_shared_expert_intermediate_size": 1, "moe_latent_size": None}
+    assert {name: found["model"][name] for name in expected} == expected
+    assert found["degrees"][0] == 1  # nothing divides a shared expert of one neuron
+
+
+@pytest.mark.parametrize("name", [*TYPES, "limited", "converted"])
+def test_the_loaded_weights_give_the_logits_of_transformers(report: dict[str, Any], name: str) -> None:
     """5e-6 was seen, of logits up to 5; and the mutants are far off."""
-    found = report[model_type]
+    found = report[name]
     assert found["largest"] > 1
     assert found["off"] < 2e-5
-    assert found["off_in_the_other_order"] > 0.1
-    assert found["off_with_gate_and_up_swapped"] > 0.1
+    if name != "converted":  # whose biases are 0, and experts of a group alike
+        assert min(found["mutants"].values()) > 0.1, found["mutants"]
+
+
+@pytest.mark.parametrize("name", [*TYPES, "limited", "converted"])
+def test_the_weights_come_back_bit_for_bit(report: dict[str, Any], name: str) -> None:
+    assert report[name]["differing_back"] == []
 
 
 def test_the_tokens_are_what_megatron_reads(recipes: dict[str, Path], tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ Empty modules stand for packages that Megatron-Bridge imports and that need a GP
 nothing to do with a recipe: Transformer Engine (whose layers Megatron-Bridge trains with), ModelOpt (quantization,
 distillation), NVIDIA's resiliency extension (restarts within a process), Energon and qwen_vl_utils (images). Nothing of
 them can be run. Megatron-Core is imported before, so it finds no Transformer Engine and keeps to its own layers; only
-the version is there for its checks of a configuration.
+the version is there for its checks of a configuration. mamba-ssm, whose kernels Megatron-Core's Mamba-2 layers are made
+of, is `mamba_on_cpu.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import mamba_on_cpu
 import torch
 import typing_extensions
 
@@ -34,6 +36,8 @@ megatron.energon.flavors.webdataset megatron.energon.flavors.webdataset.base_web
 megatron.energon.task_encoder megatron.energon.task_encoder.base megatron.energon.task_encoder.cooking
 qwen_vl_utils
 """
+MAMBA = "mamba_ssm mamba_ssm.ops mamba_ssm.ops.triton"
+KERNELS = ("layernorm_gated", "ssd_combined")
 
 
 class Empty(ModuleType):
@@ -60,6 +64,10 @@ def stand_in(name: str) -> None:
 def without_gpu() -> None:
     """Import Megatron-Core, then put the empty modules in place, and the CPU for the current GPU."""
     typing.override = typing_extensions.override  # type: ignore[attr-defined]  # Python 3.12
+    for name in MAMBA.split():
+        stand_in(name)
+    for name in KERNELS:
+        sys.modules[f"mamba_ssm.ops.triton.{name}"] = mamba_on_cpu
     for name in ("distributed", "models.gpt.gpt_layer_specs", "optimizer"):
         importlib.import_module(f"megatron.core.{name}")
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -24,6 +25,7 @@ from upcycle.models.config import load_config, read_config
 from upcycle.models.manifest import read_manifest
 from upcycle.models.moe import describe_config
 from upcycle.models.source import expanded
+from upcycle.models.spelling import with_old_words
 from upcycle.options.arguments import CONF, quoted, typed_options
 from upcycle.parallel.config import WorkloadConfig
 from upcycle.parallel.gpu import checked_gpu
@@ -61,7 +63,7 @@ def export_recipe(config: ExportConfig) -> Path:
 def _from_run(config: ExportConfig, directory: Path) -> Path:
     run = read_own_run(directory)
     trained = TypeAdapter(TrainConfig).validate_python(run["config"])
-    check_type(read_config(directory / MODEL).get("model_type"))
+    check_type(read_config(directory / MODEL))
     check_tokenizer(directory / MODEL)
     model, _ = exported_config(directory / MODEL, trained, run["manifest"], trained.moe.groups)
     files = _files(config, model, run["manifest"], trained, run["steps"] if config.steps is None else config.steps)
@@ -71,11 +73,13 @@ def _from_run(config: ExportConfig, directory: Path) -> Path:
 def _from_checkpoint(config: ExportConfig, directory: Path) -> Path:
     output = expanded(config.output)
     check_apart(directory, output)
-    check_type(read_config(directory).get("model_type"))
+    fields = read_config(directory)
+    check_type(fields)
     check_tokenizer(directory)
     if config.steps is None:
         raise ConfigError("a recipe for a checkpoint needs its length", found="steps=null", expected="steps=N")
     files = _files(config, load_config(directory), read_manifest(directory), _defaults(directory), config.steps)
+    files |= _old_words(fields)
     if not any(directory.glob("*.safetensors")):
         raise SourceError("the checkpoint has no weights", found=directory, expected="*.safetensors")
     fingerprint = hashlib.sha256(repr((str(directory), sorted(files.items()))).encode()).hexdigest()
@@ -88,6 +92,12 @@ def _from_checkpoint(config: ExportConfig, directory: Path) -> Path:
             staging.write_text(name, text)
         staging.commit()
     return output
+
+
+def _old_words(fields: dict[str, Any]) -> dict[str, str]:
+    """config.json as the transformers of a recipe reads it, where newer ones have words that it does not know."""
+    target = TARGETS[fields["model_type"]]
+    return {"config.json": json.dumps(with_old_words(fields, target), indent=2) + "\n"} if target.spelling else {}
 
 
 def _defaults(directory: Path) -> TrainConfig:
@@ -103,8 +113,8 @@ def _files(
     config: ExportConfig, model: Any, manifest: dict[str, Any] | None, trained: TrainConfig, steps: int
 ) -> dict[str, str]:
     moe = describe_config(TARGETS[model.model_type], model, manifest)
-    check_model(model, moe)
     check_training(trained)
+    check_model(model, moe)
     if moe.granularity > 1:
         _log.warning("%s, and with them what the dense model knew; this library keeps them", torn_groups(moe))
     if steps < 1:

@@ -11,7 +11,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from upcycle.data.config import MIXTURE
-from upcycle.megatron.support import BRIDGE, CORE, OWN_BRIDGES, TRANSFORMERS
+from upcycle.megatron.support import BRIDGE, CORE, KERNELS, OWN_BRIDGES, TRANSFORMERS
 from upcycle.routing.config import Schedule
 from upcycle.train.schedule import cosine_steps, in_steps
 
@@ -69,6 +69,7 @@ def recipe_files(recipe: Recipe) -> dict[str, str]:
 
 def _surroundings(recipe: Recipe) -> dict[str, Any]:
     return {
+        "kernels": "".join(f"\n{each}" for each in KERNELS.get(recipe.moe.model_type, ())),
         "version": version("upcycle"),
         "bridge": BRIDGE,
         "core": CORE,
@@ -85,10 +86,11 @@ def _surroundings(recipe: Recipe) -> dict[str, Any]:
 def _layout(recipe: Recipe) -> dict[str, Any]:
     layout, workload, chunks = recipe.step.layout, recipe.step.workload, recipe.step.chunks
     recompute = workload.activation_checkpointing
+    interleaved = chunks > 1 and not recipe.step.sizes.separate  # Megatron-Bridge has no virtual stages of hybrids
     return {
         "layout": layout.name,
         **{name: getattr(layout, name) for name in ("tp", "cp", "pp", "etp", "ep")},
-        "virtual": chunks if chunks > 1 else None,
+        "virtual": chunks if interleaved else None,
         "sequence_parallel": layout.tp > 1,
         "sequence_length": f"{workload.sequence_length:_}",
         "sequences": workload.sequences,
@@ -103,10 +105,15 @@ def _routing(recipe: Recipe) -> dict[str, Any]:
     moe, router, balance = recipe.moe, recipe.train.router, recipe.train.balance
     assert not isinstance(balance.aux_loss, Schedule)
     assert not isinstance(balance.z_loss, Schedule)
+    assert not isinstance(balance.bias_update, Schedule)
     layers = len(moe.layers)
     return {
+        "score": "sigmoid" if moe.router_order == "sigmoid_topk" else "softmax",
         "order": moe.router_order,
         "pre_softmax": moe.router_order == "softmax_topk",
+        "scaling_factor": moe.scaling_factor if moe.router_order == "sigmoid_topk" else None,
+        "correction_bias": moe.target.layout.correction_bias is not None,
+        "bias_update": balance.bias_update,
         "layers": layers,
         "balancing": BALANCING[balance.statistics] if balance.aux_loss else "none",
         "aux_loss": balance.aux_loss / layers,

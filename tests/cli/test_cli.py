@@ -76,7 +76,7 @@ def test_plan(upcycle, tiny_llama):
     outcome = upcycle("plan", f"source={tiny_llama}", *SMALL)
     assert outcome.status == 0
     assert outcome.err == ""
-    for text in ("llama -> E2G2T2", "4 of width 12, 2 active, 0 shared; 3 of 3 layers", "lossless", "why qwen2_moe"):
+    for text in ("llama -> E2G2T2", "4 of width 12, 2 active; 3 of 3 layers", "lossless", "why qwen2_moe"):
         assert text in outcome.out
 
 
@@ -231,7 +231,7 @@ def test_plan_of_a_large_model_as_a_table(upcycle, tmp_path):
     NEMOTRON_340B.save_pretrained(tmp_path / "model")
     outcome = upcycle("plan", f"source={tmp_path / 'model'}")
     assert outcome.status == 0
-    assert "64 of width 9216, 8 active, 0 shared; 96 of 96 layers" in outcome.out
+    assert "64 of width 9216, 8 active; 96 of 96 layers" in outcome.out
 
 
 def test_plan_needs_only_config_and_index(upcycle, source):

@@ -57,9 +57,16 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return directories
 
 
+def own_source(name: str) -> Path | None:
+    """The small model that a sweep is about, at the scales that a laptop runs; None where it is the scale's."""
+    own = OmegaConf.load(ROOT / f"sweeps/{name}.yaml").get("source")
+    return ROOT / own if own else None
+
+
 @pytest.mark.parametrize("name", SWEEPS)
 def test_a_sweep_is_valid_at_laptop_scale(name: str, upcycle: Callable[..., Outcome]) -> None:
-    planned = upcycle("plan-sweep", f"+sweeps={name}", "scale=laptop", f"source={ROOT / 'models/stdlib-250k'}")
+    source = own_source(name) or ROOT / "models/stdlib-250k"
+    planned = upcycle("plan-sweep", f"+sweeps={name}", "scale=laptop", f"source={source}")
     assert planned.status == 0, planned.err
     assert re.search(r"^\d+ runs \(\d+ arms, seeds \d[\d, ]+\)", planned.out, flags=re.MULTILINE)
 
@@ -70,7 +77,9 @@ def test_a_sweep_is_valid_at_every_scale(
     name: str, published: dict[str, Path], upcycle: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("upcycle.sweep.command.free_bytes", lambda _output: 10**18)  # as the scale's machine has
-    for scale, source in {"smoke": ROOT / "models/stdlib-250k", **published}.items():
+    own = own_source(name)
+    scales = {"smoke": own} if own else {"smoke": ROOT / "models/stdlib-250k", **published}
+    for scale, source in scales.items():
         planned = upcycle("plan-sweep", f"+sweeps={name}", f"scale={scale}", f"source={source}")
         assert planned.status == 0, planned.err
 

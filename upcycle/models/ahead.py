@@ -217,7 +217,7 @@ def ahead_family(config: Any) -> Family:
             "this type has no layers for multi-token prediction",
             found=f"model_type={config.model_type}",
             expected=", ".join(known),
-            remedy="set mtp=null",
+            remedy="set mtp.start=none",
         )
     return family
 

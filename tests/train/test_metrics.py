@@ -7,6 +7,7 @@ import math
 import re
 from typing import TYPE_CHECKING
 
+import models
 import pytest
 import rewards
 import torch
@@ -40,11 +41,16 @@ def test_the_schema_names_every_metric_and_no_other(
     scored = tmp_path / "scored"
     ratings = rewards.rated(tmp_path / "ratings.jsonl")
     training.run(rewards.options(ratings, scored, "model=dense", f"source='{text_model}'"))
-    lines = [line for run in (moe_run, distilled, scored) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    ahead, hybrid = tmp_path / "ahead", models.save(models.build("nemotron_h", vocab_size=300), tmp_path / "hybrid")
+    several = ("model=dense", f"source='{hybrid}'", "tokenizer=bytes", "mtp.start=random")
+    training.run(training.options(text, ahead, *several))
+    runs = (moe_run, distilled, scored, ahead)
+    lines = [line for run in runs for line in (run / "metrics.jsonl").read_text().splitlines()]
     names = {name for line in lines for name in json.loads(line)} - {"step", "time"}
     general = {re.sub(r"layer_\d+", "layer_{layer}", name.replace("/text/", "/{domain}/")) for name in names}
     attribute = "|".join(rewards.ATTRIBUTES)
     general = {re.sub(f"/({attribute})/", "/{attribute}/", name) for name in general}
+    general = {re.sub(r"/mtp_\d/", "/mtp_{ahead}/", name) for name in general}
     assert general == {metric.name for metric in METRICS}
 
 

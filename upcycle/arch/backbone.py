@@ -33,6 +33,11 @@ class Backbone:
     extras: tuple[str, ...] = ()
 
 
+def head_size(config: Any) -> int:
+    """Size of an attention head of a transformers configuration."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 def window_kind(windows: tuple[int, ...]) -> Windows:
     """Whether there are sliding windows: on no layer, the same on all, or any mixture."""
     if not any(windows):

@@ -94,18 +94,15 @@ RENORMALISES = "renormalises top-k weights whatever norm_topk_prob says"
 NEVER_RENORMALISES = "never renormalises top-k weights, whatever norm_topk_prob says"
 WITH_TRANSFORMERS = "--model-impl transformers serves it exactly"
 
+
+def _unmeasured(types: tuple[str, ...], why: str, **when: Any) -> tuple[Rule, ...]:
+    """What no engine was tried with."""
+    return tuple(Rule(engine=engine, types=types, when=when, verdict="unmeasured", why=why) for engine in ENGINES)
+
+
 # In the order in which they are met: what does not load computes nothing.
 RULES = (
-    *(
-        Rule(
-            engine=engine,
-            types=("mixtral", "qwen2_moe", "qwen3_moe"),
-            when={"reward": True},
-            verdict="unmeasured",
-            why="a head that gives scores",
-        )
-        for engine in ENGINES
-    ),
+    *_unmeasured(("mixtral", "qwen2_moe", "qwen3_moe"), "a head that gives scores", reward=True),
     Rule(engine="vLLM", types=("upcycled_moe",), verdict="refuses", why="it has no such type"),
     Rule(
         engine="vLLM",
@@ -249,24 +246,11 @@ RULES = (
         verdict="differs",
         why="its windows are the same in all layers, and wrong with a cache",
     ),
-    *(
-        Rule(
-            engine=engine,
-            types=("nemotron_h",),
-            verdict="unmeasured",
-            why="hybrids of Mamba-2, attention, FFNs and experts",
-        )
-        for engine in ENGINES
-    ),
-    *(
-        Rule(
-            engine=engine,
-            types=("mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo", "olmoe", "granitemoeshared"),
-            when={"rope": ("dynamic", "longrope")},
-            verdict="unmeasured",
-            why="rotary scaling of this kind",
-        )
-        for engine in ENGINES
+    *_unmeasured(("nemotron_h",), "hybrids of Mamba-2, attention, FFNs and experts"),
+    *_unmeasured(
+        ("mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo", "olmoe", "granitemoeshared"),
+        "rotary scaling of this kind",
+        rope=("dynamic", "longrope"),
     ),
 )
 

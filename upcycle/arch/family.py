@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 Role = Literal["gate", "up", "down"]
 Mixer = Literal["attention", "mamba2"]
 Shape = tuple[int, ...]
-ONLY = "block"  # the kind of a family whose layers are all alike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +100,17 @@ class Ahead:
     first: Mapping[str, str]
     last: Mapping[str, str]
 
+    @property
+    def prefix(self) -> str:
+        """What the names of all these tensors begin with."""
+        return self.layer.partition("{")[0]
+
 
 def block(
     tensors: Mapping[str, str], *, optional: Mapping[str, Mapping[str, str]] | None = None, ffn: Ffn | None = None
 ) -> Mapping[str, Kind]:
     """The only kind of a family whose layers are all alike: attention, and an FFN."""
-    return {ONLY: Kind(tensors=tensors, optional=optional or {}, mixer="attention", ffn=ffn or Ffn())}
+    return {"block": Kind(tensors=tensors, optional=optional or {}, mixer="attention", ffn=ffn or Ffn())}
 
 
 @dataclass(frozen=True, kw_only=True)

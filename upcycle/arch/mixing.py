@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from upcycle.arch.backbone import head_size
 from upcycle.arch.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -28,13 +29,18 @@ def mixing_flops(config: Any, *, sequence_length: int) -> int:
     Attention counts 4 * sequence_length * heads * head size, the whole square.
     """
     found = mixers(config)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 4 * sequence_length * config.num_attention_heads * head
+    attention = 4 * sequence_length * config.num_attention_heads * head_size(config)
     flops: int = found.count("attention") * attention
     if "mamba2" in found:
         sizes = FAMILIES[config.model_type].symbols(config)
-        flops += found.count("mamba2") * (2 * sizes["C"] * sizes["W"] + SCAN * sizes["I"] * sizes["N"])
+        scan = scan_flops(channels=sizes["I"], states=sizes["N"], convolved=sizes["C"], kernel=sizes["W"])
+        flops += found.count("mamba2") * scan
     return flops
+
+
+def scan_flops(*, channels: int, states: int, convolved: int, kernel: int) -> int:
+    """Forward FLOPs per token of a Mamba-2 layer's convolution and scan."""
+    return 2 * convolved * kernel + SCAN * channels * states
 
 
 def cache_bytes(config: Any, *, element: int) -> tuple[int, int]:
@@ -46,8 +52,7 @@ def cache_bytes(config: Any, *, element: int) -> tuple[int, int]:
     """
     found = mixers(config)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    pairs = found.count("attention") * 2 * heads * head * element
+    pairs = found.count("attention") * 2 * heads * head_size(config) * element
     if "mamba2" not in found:
         return pairs, 0
     sizes = FAMILIES[config.model_type].symbols(config)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from upcycle.convert.threads import one_thread
 from upcycle.errors import SourceError
 from upcycle.init.latent import input_basis, orthonormal, output_basis
 from upcycle.init.rng import generator
@@ -342,14 +343,3 @@ def _summed(
     bases = {name: basis for each in made.values() for name, basis in each.items()}
     sums = {name: hashlib.sha256(basis.numpy().tobytes()).hexdigest() for name, basis in bases.items()}
     return Bases(bases=bases, latents=Latents(sha256=sums, neurons=neurons or {}, errors=errors or {}))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """How many threads there are changes the order of sums, and with it the last bits of every matrix."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

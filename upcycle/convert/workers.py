@@ -6,16 +6,15 @@ import logging
 import multiprocessing
 import signal
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection, resource_tracker
 from typing import TYPE_CHECKING
 
-import torch
-
 from upcycle.checkpoint import StagedFiles, TensorSpec, open_reader, torch_dtype
 from upcycle.convert.interruption import uninterrupted
 from upcycle.convert.materialise import Materialiser
+from upcycle.convert.threads import one_thread
 from upcycle.errors import OutputError, UpcycleError
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ class ShardWork:
         def chunks(spec: TensorSpec) -> Iterator[Tensor]:
             return materialiser.blocks(self.tensors[spec.name], torch_dtype(spec.dtype))
 
-        with _one_thread():
+        with one_thread():
             for shard in shards:
                 self.staged.write_shard(shard, chunks, on_bytes)
 
@@ -144,14 +143,3 @@ def _lost(code: int) -> OutputError:
         found=f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}",
         remedy="if memory ran out, use fewer workers (upcycle plan says what they need)",
     )
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Scaling keeps up with the disk on one thread; more of them spin, and take the core that its writes need."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

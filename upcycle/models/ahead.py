@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from upcycle.arch.families import FAMILIES
 from upcycle.checkpoint import open_reader
 from upcycle.errors import ConfigError, SourceError
+from upcycle.models.config import read_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -25,8 +26,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from upcycle.arch.family import Family
-    from upcycle.checkpoint import TensorReader
+    from upcycle.arch.family import Ahead, Family
 
 NAME = "mtp"
 
@@ -113,21 +113,13 @@ def attach(model: PreTrainedModel, kinds: tuple[str, ...] | None = None) -> Ahea
         kinds: of the block's layers; None takes what its configuration says.
 
     Raises:
-        ConfigError: its family has no such layers; or it has several blocks, of which only one is trained.
+        ConfigError: its family has no such layers.
     """
     config: Any = model.config
     ahead = ahead_family(config).ahead
     assert ahead
-    for name, value in (ahead.fields(kinds) if kinds else {}).items():
+    for name, value in ahead.fields(kinds or ahead.pattern(config.to_dict())).items():
         setattr(config, name, value)
-    depths = getattr(config, ahead.depths)
-    if depths != 1:
-        raise ConfigError(
-            "only one block for multi-token prediction is trained, applied as often as asked",
-            found=f"{ahead.depths}={depths}",
-            expected="1",
-            remedy="set mtp.start=none, copy or random",
-        )
     block = AheadBlock(config)
     model.add_module(NAME, block.train(model.training))
     return block
@@ -136,39 +128,49 @@ def attach(model: PreTrainedModel, kinds: tuple[str, ...] | None = None) -> Ahea
 def detach(model: PreTrainedModel) -> bool:
     """Say in a model's configuration that it has no such layers; whether it said otherwise."""
     config: Any = model.config
-    family = FAMILIES.get(config.model_type)
-    if family is None or family.ahead is None or not getattr(config, family.ahead.depths, 0):
+    ahead = _ahead_of(model)
+    if ahead is None or not getattr(config, ahead.depths, 0):
         return False
-    setattr(config, family.ahead.depths, 0)
+    setattr(config, ahead.depths, 0)
     return True
 
 
-def load_block(model: PreTrainedModel, directory: Path) -> None:
-    """Give a model that was loaded from a directory the block that its configuration tells of, if it tells of one.
+def load_block(model: PreTrainedModel, directory: Path) -> AheadBlock | None:
+    """Give a model the block that a checkpoint has; None where its config.json tells of none.
 
     Raises:
-        ConfigError: it tells of several.
-        SourceError: the files do not have it whole.
+        ConfigError: it tells of several, of which only one is run.
+        SourceError: the files do not have it.
     """
-    config: Any = model.config
-    family = FAMILIES.get(config.model_type)
-    if family is None or family.ahead is None or not getattr(config, family.ahead.depths, 0):
-        return
-    stored = stored_block(family, open_reader(directory))
+    ahead = _ahead_of(model)
+    fields = read_config(directory)
+    depths = fields.get(ahead.depths, 0) if ahead else 0
+    if ahead is None or not depths:
+        return None
+    if depths != 1:
+        raise ConfigError(
+            "only one block for multi-token prediction is run, applied as often as asked",
+            found=f"{ahead.depths}={depths}",
+            expected="1",
+            remedy="set mtp.start=none, copy or random",
+        )
+    reader = open_reader(directory)
+    stored = {n.removeprefix(ahead.prefix): reader.read(n) for n in reader.tensors if n.startswith(ahead.prefix)}
     if not stored:
         raise SourceError(
             "config.json tells of layers for multi-token prediction that the files do not have",
-            found=f"{family.ahead.depths}={getattr(config, family.ahead.depths)} in {directory}",
-            remedy=f"set {family.ahead.depths} to 0, or download the complete checkpoint",
+            found=f"{ahead.depths}={depths} in {directory}",
+            remedy=f"set {ahead.depths} to 0, or download the complete checkpoint",
         )
-    attach(model).fill(stored)
+    block = attach(model, ahead.pattern(fields))
+    block.fill(stored)
+    return block
 
 
-def stored_block(family: Family, reader: TensorReader) -> dict[str, Tensor]:
-    """The tensors of such layers in files, by their names after the prefix; empty where there are none."""
-    assert family.ahead
-    prefix = family.ahead.layer.partition("{")[0]
-    return {name.removeprefix(prefix): reader.read(name) for name in reader.tensors if name.startswith(prefix)}
+def _ahead_of(model: PreTrainedModel) -> Ahead | None:
+    """What the model's family has for multi-token prediction."""
+    family = FAMILIES.get(model.config.model_type)
+    return family.ahead if family else None
 
 
 @contextmanager

@@ -86,8 +86,7 @@ def _check_ahead(model: DenseModel, stored: Collection[str], unknown: Collection
     ahead = model.family.ahead
     if ahead is None:
         return
-    prefix = ahead.layer.partition("{")[0]
-    untold = [name for name in unknown if name.startswith(prefix)]
+    untold = [name for name in unknown if name.startswith(ahead.prefix)]
     if untold:
         raise SourceError(
             "the files have layers for multi-token prediction that config.json does not tell of",

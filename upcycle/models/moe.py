@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle.arch.backbone import layer_windows, optional_bias, rope_type, window_kind
+from upcycle.arch.backbone import head_size, layer_windows, optional_bias, rope_type, window_kind
 from upcycle.arch.engines import Features
 from upcycle.arch.families import FAMILIES
 from upcycle.arch.head import REWARD, head_of
@@ -231,7 +231,6 @@ def _could_be_mixtures(text: Any) -> int:
 def config_features(target: Target, config: Any, *, portable: bool) -> Features:
     """What of a checkpoint other engines may not be able to do, from its transformers configuration."""
     moe, text = describe_config(target, config, None), config.get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Features(
         router_order=moe.router_order,
         shared=moe.shared_width > 0,
@@ -239,7 +238,7 @@ def config_features(target: Target, config: Any, *, portable: bool) -> Features:
         windows=window_kind(layer_windows(text)),
         attention_bias="qkv" if getattr(text, "qkv_bias", False) else optional_bias(text),
         rope=rope_type(text),
-        heads_fill=head * text.num_attention_heads == text.hidden_size,
+        heads_fill=head_size(text) * text.num_attention_heads == text.hidden_size,
         tied=text.tie_word_embeddings,
         portable=portable,
         reward=head_of(config.to_dict()) is REWARD,

@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from upcycle.arch.backbone import head_size
 from upcycle.arch.families import FAMILIES
 from upcycle.arch.head import CAUSAL
-from upcycle.arch.mixing import SCAN, mixers
+from upcycle.arch.mixing import mixers, scan_flops
 from upcycle.arch.targets import TARGETS
 from upcycle.errors import ConfigError
 
@@ -49,7 +50,7 @@ class Mamba:
 
     def scan_flops(self) -> int:
         """Forward FLOPs per token of convolution and scan."""
-        return 2 * self.convolved * self.kernel + SCAN * self.channels * self.states
+        return scan_flops(channels=self.channels, states=self.states, convolved=self.convolved, kernel=self.kernel)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,7 +319,7 @@ def checkpoint_sizes(config: Any, moe: MoeDescription) -> ModelSizes:
         hidden=moe.hidden_size,
         heads=heads,
         kv_heads=config.num_key_value_heads,
-        head_size=getattr(config, "head_dim", None) or moe.hidden_size // heads,
+        head_size=head_size(config),
         ffn_width=config.intermediate_size,
         experts=moe.experts,
         top_k=moe.top_k,

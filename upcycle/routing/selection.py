@@ -17,14 +17,15 @@ SOFTMAX_OF_KEPT = ("granitemoeshared", "upcycled_moe")
 
 def native_selection(moe: MoeDescription) -> ExpertSelection:
     """How the routers of a native type choose experts."""
-    weights: dict[str, Any] = {
-        "order": "sigmoid_topk",
-        "renormalise": moe.renormalise,
-        "scaling_factor": moe.scaling_factor,
-    }
     if moe.router_order != "sigmoid_topk":
-        weights = _softmax(moe, moe.router_order)
-    return ExpertSelection(top_k=moe.top_k, granularity=moe.granularity, **weights)
+        return ExpertSelection(top_k=moe.top_k, granularity=moe.granularity, **_softmax(moe, moe.router_order))
+    return ExpertSelection(
+        top_k=moe.top_k,
+        granularity=moe.granularity,
+        order="sigmoid_topk",
+        renormalise=moe.renormalise,
+        scaling_factor=moe.scaling_factor,
+    )
 
 
 def selection_changes(moe: MoeDescription, router: RouterConfig) -> dict[str, Any]:

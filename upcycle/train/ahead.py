@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from upcycle.checkpoint import open_reader
 from upcycle.errors import ConfigError, SourceError
-from upcycle.models.ahead import ahead_family, attach, detach, stored_block
-from upcycle.models.config import read_config
+from upcycle.models.ahead import ahead_family, attach, detach, load_block
 
 if TYPE_CHECKING:
     from upcycle.distributed.ranks import Ranks
@@ -51,7 +49,12 @@ def settle_ahead(start: Start, mtp: MtpConfig, ranks: Ranks) -> None:
             remedy="set mtp.start=none",
         )
     if mtp.start == "keep":
-        _keep(start)
+        if start.origin is None or load_block(start.model, start.origin) is None:
+            raise SourceError(
+                "mtp.start=keep needs a source with layers for multi-token prediction",
+                found=str(start.origin),
+                remedy="set mtp.start=copy or random",
+            )
         return
     config: Any = start.model.config
     family = ahead_family(config)
@@ -62,21 +65,3 @@ def settle_ahead(start: Start, mtp: MtpConfig, ranks: Ranks) -> None:
     block = attach(start.model, (attention, ffn))
     if mtp.start == "copy":
         block.start_from(start.model)
-
-
-def _keep(start: Start) -> None:
-    family = ahead_family(start.model.config)
-    stored = stored_block(family, open_reader(start.origin)) if start.origin else {}
-    if not stored or start.origin is None:
-        raise SourceError(
-            "mtp.start=keep needs a source with layers for multi-token prediction",
-            found=str(start.origin),
-            remedy="set mtp.start=copy or random",
-        )
-    assert family.ahead
-    fields = read_config(start.origin)
-    setattr(start.model.config, family.ahead.depths, fields.get(family.ahead.depths, 0))
-    for name, value in family.ahead.fields(family.ahead.pattern(fields)).items():
-        if name != family.ahead.depths:
-            setattr(start.model.config, name, value)
-    attach(start.model).fill(stored)

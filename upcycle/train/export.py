@@ -14,12 +14,12 @@ from torch import nn
 from upcycle.arch.engines import Serving, serving
 from upcycle.arch.head import attributes_of, head_of
 from upcycle.arch.targets import TARGETS
-from upcycle.checkpoint import Staging, open_reader
+from upcycle.checkpoint import Staging
 from upcycle.convert.beside import gathered
 from upcycle.convert.card import trained_card
 from upcycle.convert.prepare import check_apart
 from upcycle.errors import ConfigError, OutputError
-from upcycle.models.ahead import NAME, ahead_block, ahead_family, attach, stored_block
+from upcycle.models.ahead import NAME, attach, load_block
 from upcycle.models.auxiliary import GENERATION_CONFIG
 from upcycle.models.config import load_config, read_config
 from upcycle.models.heads import auto_class
@@ -185,14 +185,16 @@ def _check_loads(
     dtype = model.dtype
     kind = auto_class(head_of(read_config(directory)))
     again = kind.from_pretrained(directory, dtype=dtype)
-    if ahead_block(model):
-        block = attach(again)
-        block.fill(stored_block(ahead_family(again.config), open_reader(directory)))
+    if block := load_block(again, directory):
         block.to(dtype)
     loaded, kept = again.state_dict(), model.state_dict()
     differing = [
         *(name for name, value in trained.items() if not torch.equal(kept[name], value.to(kept[name].dtype))),
-        *(name for name, value in written.state_dict().items() if not torch.equal(loaded[name], value)),
+        *(
+            name
+            for name, value in written.state_dict().items()
+            if name not in loaded or not torch.equal(loaded[name], value)
+        ),
     ]
     if differing:
         raise OutputError(

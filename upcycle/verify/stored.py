@@ -39,7 +39,7 @@ def stored_sizes(directory: Path, moe: MoeDescription | None) -> dict[str, Any]:
     config = load_config(directory)
     tensors, files = _headers(directory, config)
     family = FAMILIES.get(config.model_type)
-    ahead = family.ahead.layer.partition("{")[0] if family and family.ahead else None
+    ahead = family.ahead.prefix if family and family.ahead else None
     parameters = sum(header.elements for header in tensors.values())
     beyond = sum(header.elements for name, header in tensors.items() if ahead and name.startswith(ahead))
     routed = sum(tensors[name].elements for name in moe.expert_names() if name in tensors) if moe else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from upcycle.arch.families.nemotron_h import FAMILY, LETTERS, pattern
+from upcycle.arch.families.nemotron_h import FAMILY, LETTERS, ahead_pattern, pattern
 from upcycle.arch.target import OF_THE_FILE, Layout, Target
 
 if TYPE_CHECKING:
@@ -48,8 +48,7 @@ def spelling(config: Mapping[str, Any]) -> dict[str, Any]:
     written = {name: value for name, value in _storable(config).items() if name not in lists}
     letters = "".join(pattern(config))
     if config.get("num_nextn_predict_layers") and config.get("mtp_layers_block_type"):
-        ahead = pattern({"layers_block_type": config["mtp_layers_block_type"]})
-        written["mtp_hybrid_override_pattern"] = "".join(ahead)
+        written["mtp_hybrid_override_pattern"] = "".join(ahead_pattern(config))
     return {**written, "hybrid_override_pattern": letters, "num_hidden_layers": len(letters)}
 
 

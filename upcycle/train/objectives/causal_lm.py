@@ -6,6 +6,7 @@ Shapes: B sequences, L tokens, V vocabulary.
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,7 +46,8 @@ class CausalLm:
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
         block = ahead_block(model)
-        with before_head(model) as hidden:
+        with ExitStack() as watching:
+            hidden = watching.enter_context(before_head(model)) if block else []
             logits_BLV = _logits(model, batch)
         cross_entropy = token_loss(logits_BLV, batch["labels"])
         parts, loss = {"cross_entropy": cross_entropy}, cross_entropy

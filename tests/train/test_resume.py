@@ -104,6 +104,36 @@ def test_a_crash_resumes_from_the_last_checkpoint(text: Path, text_model: Path, 
     assert_same(tmp_path / "run", whole)
 
 
+def test_a_checkpoint_from_before_whole_ffns_were_counted_goes_on(
+    text: Path, text_model: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Weights and losses are the uninterrupted run's; what routers did is said of the steps that follow."""
+    config = training.options(text, tmp_path / "run", *STATEFUL, f"source='{text_model}'", "resume=auto")
+    training.run(config, [training.At(3, terminate)])
+    file = tmp_path / "run/checkpoints/last.ckpt"
+    earlier = torch.load(file, weights_only=True)
+    for sums in earlier["routing"].values():
+        del sums["whole"]
+    del earlier["callbacks"]["TrainingMetrics"]["watching"]
+    torch.save(earlier, file)
+    training.run(config)
+    assert "the moe metrics of the next row are of the steps from here on" in caplog.text
+    for part in ("state_dict", "optimizer_states"):
+        assert (
+            training.differing_tensors(training.checkpoint(tmp_path / "run")[part], training.checkpoint(whole)[part])
+            == []
+        )
+    rows, uninterrupted = training.rows(tmp_path / "run"), training.rows(whole)
+    differing = [
+        (row["step"], name)
+        for row, other in zip(rows, uninterrupted, strict=True)
+        for name in other
+        if row[name] != other[name]
+    ]
+    assert differing
+    assert all(step == 4 and name.startswith("moe/") for step, name in differing)
+
+
 def test_a_wrong_position_in_the_data_is_noticed(
     text: Path, text_model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

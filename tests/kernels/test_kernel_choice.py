@@ -70,7 +70,7 @@ def test_auto_on_a_gpu(monkeypatch):
 
 
 def test_names():
-    assert set(NAMES) == {"auto", "reference", "loop", "fused", "grouped_mm", "megablocks"}
+    assert set(NAMES) == {"auto", "reference", "loop", "fused", "grouped_mm", "megablocks", "emulated"}
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    # (x [T, I], weight [O, I], bias [O] or None, which matrix) -> [T, O]
+    Product = Callable[[Tensor, Tensor, Tensor | None, str], Tensor]
+
+LOW_PRECISION = "_low_precision"  # attribute of an experts module: the `Product` that it is to be computed with
+
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:

@@ -11,6 +11,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from upcycle.errors import ConfigError, near_misses
 from upcycle.kernels import fused, grouped_mm, loop, megablocks, reference
+from upcycle.kernels.experts import LOW_PRECISION
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,7 +20,11 @@ if TYPE_CHECKING:
     from upcycle.kernels.experts import Kernel
 
 KERNELS: dict[str, Kernel] = {
-    module.KERNEL.name: module.KERNEL for module in (reference, loop, fused, grouped_mm, megablocks)
+    kernel.name: kernel
+    for kernel in (
+        *(reference.KERNEL, loop.KERNEL, fused.KERNEL, grouped_mm.KERNEL, megablocks.KERNEL),
+        loop.EMULATED,
+    )
 }
 NAMES: tuple[str, ...] = ("auto", *KERNELS)
 PREFIX = "upcycle_"  # transformers' registry is shared, and already has a `grouped_mm`
@@ -62,6 +67,7 @@ def install_kernel(model: PreTrainedModel, name: str, *, device: torch.device, d
             expected="a mixture of experts of transformers, or upcycled_moe",
         )
     choice = _automatic(layers, device, dtype) if name == "auto" else Choice(name=name, why="asked for")
+    _check_precision(choice.name, layers)
     if error := _objection(KERNELS[choice.name], layers, device, dtype):
         raise error
     # How tokens fall on experts differs in every step: torch.compile would compile again each time.
@@ -79,7 +85,24 @@ def experts_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "_apply_gate")]
 
 
+def _in_low_precision(layers: list[Any]) -> bool:
+    return any(hasattr(experts, LOW_PRECISION) for experts in layers)
+
+
+def _check_precision(name: str, layers: list[Any]) -> None:
+    """Raise ConfigError if a kernel would ignore the precision that experts are to be computed in."""
+    if (name == loop.EMULATED.name) != _in_low_precision(layers):
+        raise ConfigError(
+            "the kernel does not fit the precision",
+            found=f"kernel={name}, experts {'' if _in_low_precision(layers) else 'not '}in low precision",
+            expected=f"{loop.EMULATED.name} for experts in low precision, and another one for others",
+            remedy="kernel=auto chooses",
+        )
+
+
 def _automatic(layers: list[Any], device: torch.device, dtype: torch.dtype) -> Choice:
+    if _in_low_precision(layers):
+        return Choice(name=loop.EMULATED.name, why="the one that computes in low precision")
     if device.type == "cpu":
         return Choice(name="fused", why="the fastest on a CPU")
     error = _objection(grouped_mm.KERNEL, layers, device, dtype)

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 LATER: dict[tuple[str, str], Any] = {
     ("", "objective"): "causal_lm",
     ("", "mtp"): {"start": "none", "depths": 2, "weight": 0.3},
+    ("", "quantise"): {
+        "sites": ["ffn", "experts", "shared"],
+        **{"first": 0, "last": 0, "stochastic": None, "hadamard": None, "squares": None, "rest": "bfloat16"},
+    },
     ("data", "attributes"): None,
     ("router", "release"): None,
     ("moe", "shared_neurons"): None,

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from upcycle.data.config import DataConfig
 from upcycle.options.config import STRICT, InitConfig, MoeConfig
 from upcycle.parallel.config import AnyGpu, AnyParallel, FoldingConfig
+from upcycle.precision.config import QuantiseConfig
 from upcycle.routing.config import BalanceConfig, RouterConfig
 from upcycle.tracking.config import WandbConfig
 
@@ -165,7 +166,8 @@ class TrainConfig:
         router, balance: routing and its balancing.
         data, sequence_length: the text, and tokens per sequence.
         budget, batch, optim, schedule, distill, mtp, validation: see their classes.
-        precision: float32, or bfloat16 (mixed: weights and optimizer stay in float32).
+        precision: float32, bfloat16 (mixed: weights and optimizer stay in float32), or a recipe of low precision.
+        quantise: what such a recipe applies to, and its switches.
         device: auto, cpu or cuda.
         activation_checkpointing: recompute activations in the backward pass.
         compile: torch.compile the model.
@@ -205,7 +207,8 @@ class TrainConfig:
     distill: DistillConfig
     mtp: MtpConfig
     validation: ValidationConfig
-    precision: Literal["float32", "bfloat16"]
+    precision: str
+    quantise: QuantiseConfig
     device: Literal["auto", "cpu", "cuda"]
     activation_checkpointing: bool
     compile: bool

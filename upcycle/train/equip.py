@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from upcycle.kernels.select import install_kernel
+from upcycle.precision.install import compute_dtype, install_precision
 from upcycle.routing.install import install_routers
 from upcycle.routing.release import joint
 from upcycle.train.device import device_of
@@ -15,6 +14,7 @@ from upcycle.train.flops import TRAINING_PASSES, ahead_flops, forward_flops
 from upcycle.train.schedule import budget_steps, check_schedule
 
 if TYPE_CHECKING:
+    from upcycle.precision.linear import Randomness
     from upcycle.routing.install import Routing
     from upcycle.train.config import TrainConfig
     from upcycle.train.start import Start
@@ -27,6 +27,7 @@ class Equipment:
     Attributes:
         kernel: name of the expert kernel; None for a dense model.
         routing: its routers; None for a dense model.
+        rounding: what stochastic rounding in low precision depends on; None without a recipe of it.
         steps: optimizer steps of the budget.
         tokens_per_step: of one of them.
         flops_per_step: training FLOPs of one of them.
@@ -34,6 +35,7 @@ class Equipment:
 
     kernel: str | None
     routing: Routing | None
+    rounding: Randomness | None
     steps: int
     tokens_per_step: int
     flops_per_step: int
@@ -46,8 +48,9 @@ def equip(start: Start, config: TrainConfig) -> Equipment:
         UpcycleError: the kernel or the routing does not fit the model, or the budget or schedule is not valid.
     """
     kernel, routing = None, None
+    dtype = compute_dtype(config.precision, config.quantise)
+    rounding = install_precision(start.model, start.moe, config.precision, config.quantise, seed=config.seed)
     if start.moe:
-        dtype = compute_dtype(config.precision)
         kernel = install_kernel(start.model, config.kernel, device=device_of(config), dtype=dtype).name
         random = config.model == "scratch"
         routing = install_routers(start.model, start.moe, config.router, config.balance, random=random)
@@ -63,12 +66,8 @@ def equip(start: Start, config: TrainConfig) -> Equipment:
     return Equipment(
         kernel=kernel,
         routing=routing,
+        rounding=rounding,
         steps=steps,
         tokens_per_step=tokens_per_step,
         flops_per_step=flops_per_step,
     )
-
-
-def compute_dtype(precision: str) -> torch.dtype:
-    """The dtype that the matrices are multiplied in."""
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32

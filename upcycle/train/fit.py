@@ -7,6 +7,7 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 from upcycle.data.order import PositionSampler
 from upcycle.distributed.quiet import only_warnings
 from upcycle.distributed.strategy import ShardedStrategy
+from upcycle.precision.install import compute_dtype
 from upcycle.tracking.status import FINISHED, INTERRUPTED
 from upcycle.train.checkpoints import Checkpoints, checkpoint_io
 from upcycle.train.device import device_of
@@ -77,10 +79,11 @@ def fit(run: Run, callbacks: Sequence[Callback]) -> str:
 def _trainer(run: Run, callbacks: list[Callback]) -> Trainer:
     config = run.config
     data = run.ranks.layout.data
+    rest = compute_dtype(config.precision, config.quantise)
     return Trainer(
         accelerator=device_of(config).type,
         **_placed(run.ranks),
-        precision="bf16-mixed" if config.precision == "bfloat16" else "32-true",
+        precision="bf16-mixed" if rest is torch.bfloat16 else "32-true",
         max_steps=run.steps,
         accumulate_grad_batches=config.batch.sequences // (config.batch.micro_sequences(data) * data),
         callbacks=callbacks,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from upcycle.distributed.ranks import Ranks
     from upcycle.models.moe import MoeDescription
+    from upcycle.precision.linear import Randomness
     from upcycle.routing.install import Routing
     from upcycle.train.config import TrainConfig
     from upcycle.train.objectives.objective import Batch, Objective
@@ -36,6 +37,7 @@ class TrainingModule(LightningModule):
         model: the model.
         moe: its shape; None for a dense model.
         routing: its routers; None for a dense model.
+        rounding: what stochastic rounding depends on; None where nothing is in low precision.
         objective: what is minimised.
         config: the options.
         steps: optimizer steps of the budget.
@@ -48,6 +50,7 @@ class TrainingModule(LightningModule):
         *,
         moe: MoeDescription | None,
         routing: Routing | None,
+        rounding: Randomness | None = None,
         objective: Objective,
         config: TrainConfig,
         steps: int,
@@ -59,6 +62,7 @@ class TrainingModule(LightningModule):
             model.compile()
         self.moe = moe
         self.routing = routing
+        self.rounding = rounding
         self.config = config
         self.steps = steps
         self.ranks = ranks
@@ -101,7 +105,10 @@ class TrainingModule(LightningModule):
         """Leave the loop when a signal asked for it; otherwise seed the micro-batch."""
         if self.trainer.should_stop:
             return -1
-        seed = derived_seed(self.config.seed, f"train/{batch_idx}/{self.ranks.data_rank}")
+        micro_batch = f"{batch_idx}/{self.ranks.data_rank}"
+        if self.rounding:
+            self.rounding.micro_batch = micro_batch
+        seed = derived_seed(self.config.seed, f"train/{micro_batch}")
         torch.default_generator.manual_seed(seed)  # torch.manual_seed formats the whole stack where CUDA is not in use
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)

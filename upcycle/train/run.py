@@ -20,6 +20,7 @@ from upcycle.errors import ConfigError
 from upcycle.files.durable import output_errors
 from upcycle.models.source import expanded
 from upcycle.options.extras import need
+from upcycle.precision.install import check_precision
 from upcycle.tracking.claim import claimed
 from upcycle.tracking.record import CHECKPOINTS, MODEL, Record, Spectator
 from upcycle.tracking.rows import keep_columns
@@ -140,6 +141,7 @@ def _keep_model(model: PreTrainedModel, beside: Beside, directory: Path) -> None
 def prepare_run(config: TrainConfig, ranks: Ranks) -> Run:
     """Build model and data, and look at what is at the output; write nothing there."""
     check_batch(config, ranks.layout.data)
+    check_precision(config.precision, config.quantise, compiled=config.compile, ranks=ranks.size)
     # On every rank: each may see the file system in another way.
     check_renames(expanded(config.output), links=ranks.size > 1)
     kind, again = Record if ranks.main else Spectator, config.resume == "auto"
@@ -159,6 +161,7 @@ def prepare_run(config: TrainConfig, ranks: Ranks) -> Run:
             start.model,
             moe=start.moe,
             routing=equipment.routing,
+            rounding=equipment.rounding,
             objective=objective.make(config, start, corpus),
             config=config,
             steps=equipment.steps,

@@ -1,0 +1,1 @@
+"""Low precision as data: formats, recipes, and which matrices of a model are multiplied in them."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from upcycle.errors import TrainingError
-from upcycle.precision.linear import Randomness, Site, quantised_linear
+from upcycle.precision.linear import Emulation, Site, quantised_linear
 from upcycle.precision.quantise import Scaling, quantise
 from upcycle.precision.recipes import RECIPES, Recipe
 from upcycle.precision.rotation import rotate
@@ -29,10 +29,10 @@ def operands(tokens: int = TOKENS) -> tuple[Tensor, Tensor, Tensor]:
 
 def products(recipe: Recipe, *, tokens: int = TOKENS, micro_batch: str = "0") -> tuple[Tensor, Tensor, Tensor]:
     """y, dx and dW."""
-    randomness = Randomness(0)
-    randomness.micro_batch = micro_batch
+    emulation = Emulation(0)
+    emulation.micro_batch = micro_batch
     x, w, dy = operands(tokens)
-    y = quantised_linear(x, w, Site(name="w", recipe=recipe, randomness=randomness))
+    y = quantised_linear(x, w, Site(name="w", recipe=recipe, emulation=emulation))
     y.backward(dy)
     assert x.grad is not None
     assert w.grad is not None
@@ -130,12 +130,12 @@ def test_what_is_not_finite_is_said(name: str, bad: float) -> None:
     with torch.no_grad():
         x[3, 5] = bad
     with pytest.raises(TrainingError, match="x of layer.3"):
-        quantised_linear(x, w, Site(name="layer.3", recipe=RECIPES[name], randomness=Randomness(0)))
+        quantised_linear(x, w, Site(name="layer.3", recipe=RECIPES[name], emulation=Emulation(0)))
 
 
 def test_outputs_have_the_dtype_of_the_rest() -> None:
     x, w, _ = operands()
-    site = Site(name="w", recipe=RECIPES["fp8_block"], randomness=Randomness(0))
+    site = Site(name="w", recipe=RECIPES["fp8_block"], emulation=Emulation(0))
     with torch.autocast("cpu", torch.bfloat16):
         assert quantised_linear(x, w, site).dtype == torch.bfloat16
     assert quantised_linear(x.bfloat16(), w.bfloat16(), site).dtype == torch.bfloat16

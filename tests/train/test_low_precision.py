@@ -14,7 +14,7 @@ import training
 
 from upcycle.errors import ConfigError
 from upcycle.init.rng import generator
-from upcycle.precision.linear import Randomness
+from upcycle.precision.linear import Emulation
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,7 +69,7 @@ def test_rounding_that_depends_on_anything_else_is_noticed(
     text: Path, wide: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The mutant: random numbers that know nothing of the micro-batch."""
-    monkeypatch.setattr(Randomness, "of", lambda self, tensor: generator(self._seed, tensor))
+    monkeypatch.setattr(Emulation, "randomness", lambda self, tensor: generator(self._seed, tensor))
     run(text, wide, tmp_path / "run", *GIVEN)
     with pytest.raises(AssertionError):
         assert_same(tmp_path / "run", uninterrupted)
@@ -93,6 +93,7 @@ def test_every_arm(text: Path, wide: Path, tmp_path: Path, model: str, precision
     run(text, wide, tmp_path / "low", *arm, f"precision={precision}")
     exact, low = (training.rows(tmp_path / name) for name in ("exact", "low"))
     losses = [row["val/loss"] for row in low if "val/loss" in row]
+    assert low[0]["val/loss_unquantised"] == pytest.approx(exact[0]["val/loss"], rel=1e-6)  # of another kernel
     assert losses[0] != exact[0]["val/loss"]
     assert losses[0] == pytest.approx(exact[0]["val/loss"], rel=0.02)
     assert losses[-1] < losses[0]

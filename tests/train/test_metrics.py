@@ -36,11 +36,12 @@ def moe_run(text: Path, text_model: Path, tmp_path_factory: pytest.TempPathFacto
 def test_the_schema_names_every_metric_and_no_other(
     moe_run: Path, text: Path, text_model: Path, tmp_path: Path
 ) -> None:
-    distilled = tmp_path / "distilled"
-    training.run(training.options(text, distilled, "model=dense", f"source='{text_model}'", "distill.weight=0.5"))
+    distilled, lower = tmp_path / "distilled", ("precision=bf16", "quantise.rest=float32")
+    dense = ("model=dense", f"source='{text_model}'", *lower)
+    training.run(training.options(text, distilled, *dense, "distill.weight=0.5"))
     scored = tmp_path / "scored"
     ratings = rewards.rated(tmp_path / "ratings.jsonl")
-    training.run(rewards.options(ratings, scored, "model=dense", f"source='{text_model}'"))
+    training.run(rewards.options(ratings, scored, *dense))
     ahead, hybrid = tmp_path / "ahead", models.save(models.build("nemotron_h", vocab_size=300), tmp_path / "hybrid")
     several = ("model=dense", f"source='{hybrid}'", "tokenizer=bytes", "mtp.start=random")
     training.run(training.options(text, ahead, *several))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from upcycle.errors import ConfigError, near_misses
 from upcycle.kernels.experts import LOW_PRECISION
 from upcycle.precision.config import BFLOAT16, FLOAT32
-from upcycle.precision.linear import Randomness, Site, quantised_linear
+from upcycle.precision.linear import Emulation, Site, quantised_linear
 from upcycle.precision.quantise import ALL
 from upcycle.precision.recipes import RECIPES
 from upcycle.precision.sites import SITES, matrices
@@ -67,7 +67,7 @@ def check_precision(precision: str, options: QuantiseConfig, *, compiled: bool, 
 
 def install_precision(
     model: PreTrainedModel, moe: MoeDescription | None, precision: str, options: QuantiseConfig, *, seed: int
-) -> Randomness | None:
+) -> Emulation | None:
     """Make a model's matrices be multiplied as a recipe says, emulated on its device; parameters and names stay.
 
     Args:
@@ -78,7 +78,7 @@ def install_precision(
         seed: of stochastic rounding.
 
     Returns:
-        What stochastic rounding depends on; None without a recipe.
+        The state of its matrices; None without a recipe.
 
     Raises:
         ConfigError: options that leave nothing to do, or a matrix whose widths the recipe cannot divide.
@@ -95,15 +95,15 @@ def install_precision(
             found=f"quantise.sites={list(options.sites)}, first={options.first:g}, last={options.last:g}",
             expected=f"some of what the model has: {found}",
         )
-    randomness = Randomness(seed)
+    emulation = Emulation(seed)
     for each in chosen:
         _check_widths(each, recipe)
-        _install(each, Site(name=each.name, recipe=recipe, randomness=randomness))
+        _install(each, Site(name=each.name, recipe=recipe, emulation=emulation))
     _log.info(
         "precision %s, emulated: %d of %d matrices or layers of experts (%s)",
         *(precision, len(chosen), len(every), ", ".join(dict.fromkeys(each.site for each in chosen))),
     )
-    return randomness
+    return emulation
 
 
 def _check(options: QuantiseConfig) -> None:

@@ -5,10 +5,12 @@ Shapes: T tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from upcycle.errors import TrainingError
@@ -17,24 +19,40 @@ from upcycle.precision.quantise import quantise
 from upcycle.precision.rotation import rotate
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from upcycle.precision.quantise import Scaling
     from upcycle.precision.recipes import Recipe
 
 
-class Randomness:
-    """What stochastic rounding depends on: the run's seed, the micro-batch, and the tensor.
+class Emulation:
+    """The state that all matrices of a model in low precision share.
 
     Args:
-        seed: the run's.
+        seed: of stochastic rounding.
+
+    Attributes:
+        micro_batch: what stochastic rounding depends on beside the seed and the tensor.
+        active: whether products are computed in low precision.
     """
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
         self.micro_batch = ""
+        self.active = True
 
-    def of(self, tensor: str) -> torch.Generator:
+    def randomness(self, tensor: str) -> torch.Generator:
         """Random numbers for a tensor in this micro-batch."""
         return generator(self._seed, f"rounding/{self.micro_batch}/{tensor}")
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Compute as without a recipe."""
+        self.active = False
+        try:
+            yield
+        finally:
+            self.active = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +62,12 @@ class Site:
     Attributes:
         name: of the matrix.
         recipe: how.
-        randomness: of the run.
+        emulation: the model's.
     """
 
     name: str
     recipe: Recipe
-    randomness: Randomness
+    emulation: Emulation
 
 
 def quantised_linear(x_TI: Tensor, w_OI: Tensor, site: Site) -> Tensor:
@@ -66,6 +84,8 @@ def quantised_linear(x_TI: Tensor, w_OI: Tensor, site: Site) -> Tensor:
     Raises:
         TrainingError: an operand is not finite.
     """
+    if not site.emulation.active:
+        return F.linear(x_TI, w_OI)
     y_TO: Tensor = _Linear.apply(x_TI.flatten(0, -2), w_OI, site)  # type: ignore[no-untyped-call]
     return y_TO.view(*x_TI.shape[:-1], len(w_OI))
 
@@ -107,5 +127,5 @@ def _values(x_RC: Tensor, scaling: Scaling, site: Site, role: str, *, stochastic
             expected=f"finite numbers, for {site.recipe.name}",
             remedy="lower schedule.peak or optim.clip, or leave its layer out with quantise.first or quantise.last",
         )
-    values = site.randomness.of(f"{site.name}/{role}") if stochastic else None
+    values = site.emulation.randomness(f"{site.name}/{role}") if stochastic else None
     return quantise(x_RC.contiguous(), scaling, values=values).values_RC()

@@ -54,6 +54,8 @@ METRICS = (
     _metric("train/mfu", "1", "mean", "model FLOPs utilisation: FLOP/s over the device's peak, if it is known"),
     _metric("train/step_seconds", "s", "mean", "time of one optimizer step, validation left out"),
     _metric("val/loss", "nats/token", "last", "cross entropy over all held-out windows used"),
+    _metric("val/loss_unquantised", "nats/token", "last", "val/loss of the same weights without low precision"),
+    _metric("val/mse_unquantised", "label²", "last", "val/mse of the same weights without low precision"),
     _metric("val/perplexity", "1", "last", "exp(val/loss)"),
     _metric("val/mtp_loss", "nats/token", "last", "cross entropy of the second token ahead, the one after the next"),
     _metric("val/mtp_{ahead}/loss", "nats/token", "last", "cross entropy of the token so many ahead, from 2"),

@@ -14,7 +14,7 @@ from upcycle.train.flops import TRAINING_PASSES, ahead_flops, forward_flops
 from upcycle.train.schedule import budget_steps, check_schedule
 
 if TYPE_CHECKING:
-    from upcycle.precision.linear import Randomness
+    from upcycle.precision.linear import Emulation
     from upcycle.routing.install import Routing
     from upcycle.train.config import TrainConfig
     from upcycle.train.start import Start
@@ -27,7 +27,7 @@ class Equipment:
     Attributes:
         kernel: name of the expert kernel; None for a dense model.
         routing: its routers; None for a dense model.
-        rounding: what stochastic rounding in low precision depends on; None without a recipe of it.
+        emulation: of low precision; None without a recipe of it.
         steps: optimizer steps of the budget.
         tokens_per_step: of one of them.
         flops_per_step: training FLOPs of one of them.
@@ -35,7 +35,7 @@ class Equipment:
 
     kernel: str | None
     routing: Routing | None
-    rounding: Randomness | None
+    emulation: Emulation | None
     steps: int
     tokens_per_step: int
     flops_per_step: int
@@ -49,7 +49,7 @@ def equip(start: Start, config: TrainConfig) -> Equipment:
     """
     kernel, routing = None, None
     dtype = compute_dtype(config.precision, config.quantise)
-    rounding = install_precision(start.model, start.moe, config.precision, config.quantise, seed=config.seed)
+    emulation = install_precision(start.model, start.moe, config.precision, config.quantise, seed=config.seed)
     if start.moe:
         kernel = install_kernel(start.model, config.kernel, device=device_of(config), dtype=dtype).name
         random = config.model == "scratch"
@@ -66,7 +66,7 @@ def equip(start: Start, config: TrainConfig) -> Equipment:
     return Equipment(
         kernel=kernel,
         routing=routing,
-        rounding=rounding,
+        emulation=emulation,
         steps=steps,
         tokens_per_step=tokens_per_step,
         flops_per_step=flops_per_step,

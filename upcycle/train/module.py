@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from upcycle.distributed.ranks import Ranks
     from upcycle.models.moe import MoeDescription
-    from upcycle.precision.linear import Randomness
+    from upcycle.precision.linear import Emulation
     from upcycle.routing.install import Routing
     from upcycle.train.config import TrainConfig
     from upcycle.train.objectives.objective import Batch, Objective
@@ -37,7 +37,7 @@ class TrainingModule(LightningModule):
         model: the model.
         moe: its shape; None for a dense model.
         routing: its routers; None for a dense model.
-        rounding: what stochastic rounding depends on; None where nothing is in low precision.
+        emulation: of low precision; None without a recipe of it.
         objective: what is minimised.
         config: the options.
         steps: optimizer steps of the budget.
@@ -50,7 +50,7 @@ class TrainingModule(LightningModule):
         *,
         moe: MoeDescription | None,
         routing: Routing | None,
-        rounding: Randomness | None = None,
+        emulation: Emulation | None = None,
         objective: Objective,
         config: TrainConfig,
         steps: int,
@@ -62,7 +62,7 @@ class TrainingModule(LightningModule):
             model.compile()
         self.moe = moe
         self.routing = routing
-        self.rounding = rounding
+        self.emulation = emulation
         self.config = config
         self.steps = steps
         self.ranks = ranks
@@ -106,8 +106,8 @@ class TrainingModule(LightningModule):
         if self.trainer.should_stop:
             return -1
         micro_batch = f"{batch_idx}/{self.ranks.data_rank}"
-        if self.rounding:
-            self.rounding.micro_batch = micro_batch
+        if self.emulation:
+            self.emulation.micro_batch = micro_batch
         seed = derived_seed(self.config.seed, f"train/{micro_batch}")
         torch.default_generator.manual_seed(seed)  # torch.manual_seed formats the whole stack where CUDA is not in use
         if self.device.type == "cuda":

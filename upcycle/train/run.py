@@ -161,7 +161,7 @@ def prepare_run(config: TrainConfig, ranks: Ranks) -> Run:
             start.model,
             moe=start.moe,
             routing=equipment.routing,
-            rounding=equipment.rounding,
+            emulation=equipment.emulation,
             objective=objective.make(config, start, corpus),
             config=config,
             steps=equipment.steps,

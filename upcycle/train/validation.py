@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from upcycle.train.periodic import Periodic
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from upcycle.tracking.record import Record
     from upcycle.train.checkpoints import Checkpoints
     from upcycle.train.objectives.objective import Objective
+
+UNQUANTISED = "unquantised"  # of a criterion, where training is in low precision
 
 
 class Validation(Periodic):
@@ -43,9 +46,13 @@ class Validation(Periodic):
 
     def measure(self, step: int, module: Any, trainer: Trainer) -> None:
         objective: Objective = module.objective
+        held_out = partial(
+            objective.held_out, module.model, batch_size=self._batch_size, samples=self._samples, ranks=self._ranks
+        )
         with trainer.precision_plugin.forward_context():
-            row = objective.held_out(
-                module.model, batch_size=self._batch_size, samples=self._samples, ranks=self._ranks
-            )
+            row = held_out()
+            if module.emulation:
+                with module.emulation.off():
+                    row[f"{objective.criterion}_{UNQUANTISED}"] = held_out()[objective.criterion]
         self._record.log(row, step=step)
         self._checkpoints.improve(row[objective.criterion])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+COLLECTIONS = (100_000, 50, 100)  # Python's own cost a tenth of what a command takes to start: imports make no garbage
 EXPECTED_ERRORS = (UpcycleError, HydraException, OmegaConfBaseException, OSError)
 
 
@@ -164,6 +166,7 @@ class _StandardError(logging.Handler):
 
 def main() -> None:
     """Entry point of the `upcycle` command."""
+    gc.set_threshold(*COLLECTIONS)
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())

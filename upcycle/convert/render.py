@@ -87,7 +87,8 @@ def _ahead(cost: Cost) -> list[tuple[str, str]]:
     """What of the parameters no forward pass of the model itself uses."""
     if not cost.ahead_parameters:
         return []
-    return [("multi-token prediction", f"{cost.ahead_parameters:,} of the parameters, and none of the active ones")]
+    said = "of the parameters, and none of the active ones; layouts of ranks leave them out"
+    return [("multi-token prediction", f"{cost.ahead_parameters:,} {said}")]
 
 
 def _padding(cost: Cost) -> list[tuple[str, str]]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import models
 import pytest
 import torch
 from conversions import described
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from upcycle.errors import ConfigError
-from upcycle.models.ahead import AheadBlock
+from upcycle.models.ahead import AheadBlock, stored_tensors
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MIXTURE = {
     "hybrid_override_pattern": "ME*E",
@@ -31,7 +35,7 @@ def config(pattern: str, **changes: Any) -> Any:
 def stored(block: AheadBlock) -> dict[str, Tensor]:
     """The block's tensors as published checkpoints have them: experts one by one."""
     tensors: dict[str, Tensor] = {}
-    for name, tensor in block.layers.state_dict().items():
+    for name, tensor in block.layers.state_dict(prefix="mtp.layers.").items():
         stem, _, matrix = name.rpartition(".")
         if stem.endswith("experts"):
             tensors |= {f"{stem}.{expert}.{matrix}.weight": each for expert, each in enumerate(tensor)}
@@ -42,7 +46,7 @@ def stored(block: AheadBlock) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("pattern", ["*E", "*-", "E", "ME"])
 def test_its_names_and_shapes_are_those_of_the_plan(pattern: str) -> None:
-    found = {f"mtp.layers.{name}": tuple(tensor.shape) for name, tensor in stored(AheadBlock(config(pattern))).items()}
+    found = {name: tuple(tensor.shape) for name, tensor in stored(AheadBlock(config(pattern))).items()}
     changes = {**MIXTURE, **AHEAD, "mtp_hybrid_override_pattern": pattern}
     assert found == described("nemotron_h", **changes).ahead_shapes()
 
@@ -73,24 +77,13 @@ def test_its_arithmetic() -> None:
     assert not torch.allclose(swapped, ffn.final_layernorm(x), atol=0.1)
 
 
-def test_a_copy_starts_as_the_last_layers_of_its_kinds() -> None:
-    made = config("*E")
+def test_a_models_tensors_by_their_names_on_disk(tmp_path: Path) -> None:
+    made = models.config("nemotron_h", **MIXTURE)
     model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
-    block = AheadBlock(made)
-    block.start_from(model)
-    layers = model.model.layers
-    assert torch.equal(block.layers[0].mixer.q_proj.weight, layers[2].mixer.q_proj.weight)
-    assert torch.equal(block.layers[1].mixer.experts.down_proj, layers[3].mixer.experts.down_proj)
-    assert torch.equal(block.layers[1].mixer.gate.weight, layers[3].mixer.gate.weight)
-    embedding_half, hidden_half = block.layers[0].eh_proj.weight.chunk(2, dim=1)
-    assert not embedding_half.any()
-    assert torch.equal(hidden_half, torch.eye(models.HIDDEN))
-
-
-def test_nothing_to_copy() -> None:
-    made = config("*-")
-    with pytest.raises(ConfigError, match="a layer of every kind"):
-        AheadBlock(made).start_from(AutoModelForCausalLM.from_config(made))
+    model.save_pretrained(tmp_path)
+    read, stored = stored_tensors(model), load_file(tmp_path / "model.safetensors")
+    assert "backbone.layers.3.mixer.experts.2.down_proj.weight" in stored
+    assert all(torch.equal(read(name), tensor) for name, tensor in stored.items())
 
 
 def test_a_type_without_such_layers() -> None:

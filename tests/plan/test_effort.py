@@ -19,6 +19,7 @@ COST = Cost(
     dense_parameters=1,
     parameters=8,
     active_parameters=1,
+    ahead_parameters=0,
     bytes_to_write=10**12,
     dense_flops_per_token=2,
     flops_per_token=2,

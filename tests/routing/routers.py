@@ -28,6 +28,7 @@ def router(
     granularity: int = 1,
     bias: Tensor | None = None,
     seed: int = 0,
+    passes: int = 1,
     **selection: Any,
 ) -> Router:
     """A router in training mode whose rows are equal within a virtual group."""
@@ -35,7 +36,7 @@ def router(
     native = nn.Linear(HIDDEN, EXPERTS, bias=False)
     native.weight = nn.Parameter(rows.repeat_interleave(granularity, dim=0))
     chosen = ExpertSelection(top_k=top_k, granularity=granularity, **{"order": "softmax_topk"} | selection)
-    return Router(native, chosen, options or RouterConfig(), bias_N=bias).train()
+    return Router(native, chosen, options or RouterConfig(), bias_N=bias, passes=passes).train()
 
 
 def routing(*routers: Router, **balance: Any) -> Routing:

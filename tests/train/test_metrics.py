@@ -43,7 +43,7 @@ def test_the_schema_names_every_metric_and_no_other(
     ratings = rewards.rated(tmp_path / "ratings.jsonl")
     training.run(rewards.options(ratings, scored, *dense))
     ahead, hybrid = tmp_path / "ahead", models.save(models.build("nemotron_h", vocab_size=300), tmp_path / "hybrid")
-    several = ("model=dense", f"source='{hybrid}'", "tokenizer=bytes", "mtp.start=random")
+    several = ("model=upcycle", f"source='{hybrid}'", "tokenizer=bytes", "mtp.start=random", *training.SMALL_MOE)
     training.run(training.options(text, ahead, *several))
     runs = (moe_run, distilled, scored, ahead)
     lines = [line for run in runs for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import conversions
 import models
 import numpy as np
 import pytest
@@ -17,11 +19,14 @@ from transformers import AutoModelForCausalLM
 from upcycle.checkpoint import open_reader
 from upcycle.data.windows import Windows
 from upcycle.errors import ConfigError, SourceError
-from upcycle.evaluation.ahead import ahead_metrics
-from upcycle.models.ahead import ahead_logits, attach, before_head, load_block
+from upcycle.evaluation.ahead import AheadSums
+from upcycle.evaluation.losses import domain_losses
+from upcycle.models.ahead import ahead_block, ahead_logits, attach, before_head, load_block
+from upcycle.sweep.check import estimate
 from upcycle.train.config import ExportConfig
 from upcycle.train.export import export
 from upcycle.train.flops import ahead_flops, forward_flops
+from upcycle.train.models import conversion_request, start_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,7 +34,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 pytest_plugins = ("text_model",)
-MOE = ("moe.expansion=2", "moe.granularity=2", "moe.top_k=4")
+MOE = ("moe.expansion=4", "moe.granularity=2", "moe.top_k=4")
+BALANCED = ("balance.bias_update=1e-2", "balance.aux_loss=1e-2", "balance.z_loss=1e-3", "init.router_std=0.02")
 PREFIX = "model.mtp."
 
 
@@ -51,7 +57,7 @@ def exported(run: Path, output: Path) -> Path:
 def trained(hybrid: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that copied the block."""
     output = tmp_path_factory.mktemp("trained") / "run"
-    training.run(training.options(text, output, *given(hybrid, "mtp.start=copy")))
+    training.run(training.options(text, output, *given(hybrid, "mtp.start=copy", *BALANCED)))
     return output
 
 
@@ -65,7 +71,7 @@ def test_it_learns_and_is_measured(trained: Path) -> None:
 
 
 def test_the_model_itself_starts_where_it_does_without(hybrid: Path, text: Path, trained: Path, tmp_path: Path) -> None:
-    training.run(training.options(text, tmp_path / "run", *given(hybrid)))
+    training.run(training.options(text, tmp_path / "run", *given(hybrid, *BALANCED)))
     with_it, without = training.rows(trained)[0], training.rows(tmp_path / "run")[0]
     assert with_it["val/loss"] == without["val/loss"]
     spent, spent_without = (training.rows(run)[-2]["train/flops"] for run in (trained, tmp_path / "run"))
@@ -74,13 +80,91 @@ def test_the_model_itself_starts_where_it_does_without(hybrid: Path, text: Path,
 
 
 def test_resumed_exactly(hybrid: Path, text: Path, trained: Path, tmp_path: Path) -> None:
-    config = training.options(text, tmp_path / "run", *given(hybrid, "mtp.start=copy"), "resume=auto")
+    config = training.options(text, tmp_path / "run", *given(hybrid, "mtp.start=copy", *BALANCED), "resume=auto")
     with pytest.raises(RuntimeError, match="plug"):
         training.run(config, [training.At(4, training.fail)])
     training.run(config)
     one, other = (training.checkpoint(run)["state_dict"] for run in (trained, tmp_path / "run"))
     assert any(name.startswith(PREFIX) for name in one)
     assert training.differing_tensors(one, other) == []
+    assert training.rows(tmp_path / "run") == training.rows(trained)
+
+
+def test_its_router_is_balanced_and_its_groups_hold(trained: Path) -> None:
+    """As those of the model's own layers, and measured under names of its own."""
+    state = training.checkpoint(trained)["state_dict"]
+    for gate in ("model.model.layers.3.mixer.gate.", f"{PREFIX}layers.1.mixer.gate."):
+        rows, bias = state[f"{gate}weight"], state[f"{gate}e_score_correction_bias"]
+        assert torch.equal(rows[::2], rows[1::2])
+        assert not torch.equal(rows[0], rows[2])
+        assert bias.any()
+        assert torch.equal(bias[::2], bias[1::2])
+    own, ahead = (state[f"{each}mixer.gate.weight"] for each in ("model.model.layers.3.", f"{PREFIX}layers.1."))
+    assert not torch.equal(own, ahead)
+    measured = [row for row in training.rows(trained) if "train/loss" in row]
+    assert len(measured) == 6
+    for row in measured:
+        assert sum(row["mtp/layer_1/load"]) == pytest.approx(1)
+        assert row["mtp/layer_1/max_vio"] == pytest.approx(max(row["mtp/layer_1/load"]) * 8 - 1)
+        assert row["mtp/layer_1/whole_ffns"] == 1
+        assert row["train/mtp_aux_loss"] != row["train/aux_loss"]
+        layers = {name.split("/")[1] for name in row if name.startswith("moe/layer")}
+        assert layers == {"layer_1", "layer_3"}
+        assert row["moe/max_vio"] == pytest.approx(sum(row[f"moe/{each}/max_vio"] for each in layers) / 2)
+
+
+def test_its_router_and_experts_have_the_learning_rates_of_such(hybrid: Path, text: Path, tmp_path: Path) -> None:
+    made = given(hybrid, "mtp.start=random", "optim.router_lr=0", "optim.expert_lr=0", "optim.weight_decay=0.1")
+    config = training.options(text, tmp_path / "run", *made)
+    before = start_model(config).model.state_dict()
+    training.run(config)
+    after = training.checkpoint(tmp_path / "run")["state_dict"]
+    block = {name: each for name, each in before.items() if name.startswith("mtp.") and each.dim() > 1}
+    moved = {name for name, each in block.items() if not torch.equal(each, after[f"model.{name}"])}
+    assert {name for name in block if ".gate." in name or ".experts." in name} == block.keys() - moved
+
+
+@pytest.mark.parametrize("how", ["copy", "random"])
+def test_it_starts_as_convert_writes_it(how: str, hybrid: Path, text: Path, tmp_path: Path) -> None:
+    """Upcycled in memory, and given to a mixture that was converted without; the mutant has another seed."""
+    arm = training.options(text, tmp_path / "run", *given(hybrid, f"mtp.start={how}", "seed=3", *BALANCED))
+    request = replace(conversion_request(arm), mtp=how, output=str(tmp_path / "made"))
+    made = conversions.run(request).directory
+    without = conversions.run(replace(request, mtp="none", output=str(tmp_path / "without"))).directory
+    later = ("model=checkpoint", f"source='{without}'", "tokenizer=bytes", f"mtp.start={how}", "seed=3")
+    other = given(hybrid, f"mtp.start={how}", "seed=4", *BALANCED)
+    starts = [arm, *(training.options(text, tmp_path / "run", *each) for each in (later, other))]
+    written = load_block(conversions.load(made), made)
+    upcycled, converted, mutant = (ahead_block(start_model(each).model) for each in starts)
+    expected, *found, other_seed = (
+        dict(block.layers.state_dict()) for block in (written, upcycled, converted, mutant) if block
+    )
+    assert [training.differing_tensors(expected, each) for each in found] == [[], []]
+    assert training.differing_tensors(expected, other_seed)
+
+
+def test_a_sweep_counts_a_dense_models_own_block(hybrid: Path, text: Path, tmp_path: Path) -> None:
+    """From config.json alone, as much as a run would train."""
+    dense = given(hybrid, "mtp.start=copy", "budget.steps=1", arm="dense")
+    run = training.run(training.options(text, tmp_path / "run", *dense))
+    kept = given(exported(tmp_path / "run", tmp_path / "out"), "mtp.start=keep", arm="dense")
+    counted = estimate(training.options(text, tmp_path / "again", *kept), ranks=None, execute=True)
+    assert counted.parameters == run.start.model.num_parameters()
+    without = given(tmp_path / "out", arm="dense")
+    assert estimate(training.options(text, tmp_path / "again", *without), ranks=None, execute=True) != counted
+
+
+def test_rows_that_differ_within_a_group_are_refused_by_name(trained: Path, text: Path, tmp_path: Path) -> None:
+    output = exported(trained, tmp_path / "out")
+
+    def tear(tensors: dict[str, Tensor]) -> None:
+        tensors["mtp.layers.1.mixer.gate.weight"][1] += 1
+
+    conversions.edit(output, tear)
+    kept = ("model=checkpoint", f"source='{output}'", "tokenizer=bytes", "mtp.start=keep")
+    with pytest.raises(ConfigError, match=r"moe\.groups=tied needs router rows") as error:
+        training.run(training.options(text, tmp_path / "run", *kept))
+    assert "rows of layer 1 of the block for multi-token prediction" in str(error.value)
 
 
 def test_exported_under_its_published_names_and_kept(trained: Path, text: Path, tmp_path: Path) -> None:
@@ -162,7 +246,7 @@ class Sure(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("shift", "accepted"), [(0, True), (-1, False)])
-def test_what_the_model_would_say_is_accepted(shift: int, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_model_would_say_is_accepted(shift: int, accepted: bool) -> None:
     """The mutant is one token late."""
     model, _ = with_block()
     tokens = torch.arange(3 * 13) % 50 + 4
@@ -170,12 +254,36 @@ def test_what_the_model_would_say_is_accepted(shift: int, accepted: bool, monkey
     batch = torch.stack([torch.as_tensor(windows[index]["input_ids"]) for index in range(len(windows))])
     with torch.no_grad(), before_head(model) as seen:
         model(input_ids=batch)
-    monkeypatch.setattr("upcycle.evaluation.ahead.ahead_block", lambda _model: Sure(seen[0], shift))
-    found = ahead_metrics(model, {"all": windows}, batch_size=len(windows), windows=None, depths=2)
+    ahead: Any = AheadSums(model, Sure(seen[0], shift), depths=2)
+    domain_losses(model, {"all": windows}, batch_size=len(windows), windows=None, ahead=ahead)
+    found = ahead.measured()
     assert all((each.accepted == 1.0) == accepted for each in found)
     with torch.no_grad():
         own = F.cross_entropy(model.lm_head(seen[0])[:, 1:].flatten(0, 1), labels_of(windows)[:, 1:].flatten())
     assert (found[0].loss == pytest.approx(own.item(), rel=1e-5)) == accepted
+
+
+def test_it_is_measured_on_the_passes_of_the_models_own_losses() -> None:
+    """Over all domains together, with no more passes of the model than without."""
+    model, block = with_block()
+    shape: dict[str, Any] = {"sequence_length": 12, "document_attention": False}
+    one, other = (
+        Windows(np.arange(count * 13) * step % 50 + 4, np.zeros(1, dtype=np.int64), **shape)
+        for count, step in ((5, 7), (3, 11))
+    )
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    found, alone = [], []
+    for domains in ({"a": one, "b": other}, {"a": one}, {"b": other}):
+        ahead = AheadSums(model, block, depths=2)
+        given = {"batch_size": 2, "windows": None}
+        assert domain_losses(model, domains, **given, ahead=ahead) == domain_losses(model, domains, **given)
+        (found if len(domains) > 1 else alone).append(ahead.measured())
+    assert len(passes) == 2 * 2 * (3 + 2)
+    for depth in range(2):
+        a, b = (each[depth] for each in alone)
+        mean = (len(one) * a.loss + len(other) * b.loss) / (len(one) + len(other))
+        assert found[0][depth].loss == pytest.approx(mean)
 
 
 def labels_of(windows: Windows) -> Tensor:

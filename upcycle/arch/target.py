@@ -126,17 +126,23 @@ class Target:
     old_names: Mapping[str, str] = field(default_factory=dict)
     spelling: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 
-    def objections(self, model: DenseModel, moe: MoeShape) -> tuple[Objection, ...]:
-        """Everything in the request that this type cannot express exactly; empty if it fits."""
-        ahead = self._ahead_objections(model)
+    def objections(self, model: DenseModel, moe: MoeShape, *, ahead: bool = False) -> tuple[Objection, ...]:
+        """Everything in the request that this type cannot express exactly; empty if it fits.
+
+        Args:
+            model: the dense model.
+            moe: the request.
+            ahead: whether a new block for multi-token prediction is asked for.
+        """
+        beyond = self._ahead_objections(ahead or bool(model.ahead_shapes()))
         if self.generic:
-            return ahead
+            return beyond
         head = Objection(field="head", found=model.head.name, expressible=CAUSAL.name)
         unexpressed = () if self.reward or model.head is CAUSAL else (head,)
-        return (*ahead, *unexpressed, *self._backbone_objections(model), *self._moe_objections(model, moe))
+        return (*beyond, *unexpressed, *self._backbone_objections(model), *self._moe_objections(model, moe))
 
-    def _ahead_objections(self, model: DenseModel) -> tuple[Objection, ...]:
-        if self.ahead or not model.ahead_shapes():
+    def _ahead_objections(self, ahead: bool) -> tuple[Objection, ...]:
+        if self.ahead or not ahead:
             return ()
         return (Objection(field="multi-token prediction", found="there", expressible="none (mtp=none)"),)
 

@@ -29,6 +29,9 @@ def model_card(manifest: Mapping[str, Any], conversion: Conversion, remarks: Seq
     step_0 = "\n".join(f"- {line}" for line in plan.losses) or "- equals the dense model up to rounding"
     notes = "\n".join(f"- {line}" for line in plan.notes)
     latent = f"\n| latent | routed experts compute in {moe.latent} dimensions |" if moe.latent else ""
+    active = f"{cost['active_parameters']:,} active"
+    if cost["ahead_parameters"]:
+        active += f", {cost['ahead_parameters']:,} for multi-token prediction"
     zeros = ""
     if cost["padding_bytes"]:
         zeros = (
@@ -51,7 +54,7 @@ tags: [moe, upcycling, {plan.target}]
 | router | {moe.router_order}, `init.router_std={plan.router_std:g}`, `moe.groups={moe.groups}` |
 | initialization | {plan.init.name}, scaling {plan.init.scaling} |{latent}
 | MoE layers | {len(moe.layers)} |
-| parameters | {cost["parameters"]:,}, {cost["active_parameters"]:,} active (dense {cost["dense_parameters"]:,}) |
+| parameters | {cost["parameters"]:,}, {active} (dense {cost["dense_parameters"]:,}) |
 | matmul FLOPs per token | {cost["flops_per_token"]:,} (dense {cost["dense_flops_per_token"]:,}) |{zeros}
 
 ## Step 0

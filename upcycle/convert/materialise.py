@@ -6,6 +6,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from upcycle.errors import SourceError
@@ -102,7 +103,8 @@ class Materialiser:
             case Basis():
                 yield from (block.to(dtype) for block in row_blocks(self._bases[part.name]))
             case Identity():
-                yield torch.eye(part.rows, part.cols, dtype=dtype) * part.factor
+                ones = torch.eye(part.rows, part.cols - part.behind, dtype=dtype) * part.factor
+                yield F.pad(ones, (part.behind, 0))
 
     def _shard(self, part: Shard) -> Tensor:
         """The values before their factor; a projection is computed in float64."""

@@ -12,6 +12,7 @@ from upcycle.convert.calibrate import measured_masses
 from upcycle.convert.latents import latent_bases
 from upcycle.errors import ConfigError, OutputError
 from upcycle.models.source import FLOATING, DenseSource, expanded, open_source
+from upcycle.plan.ahead import MADE, ahead_family
 from upcycle.plan.cost import Cost, cost
 from upcycle.plan.effort import Effort, effort
 from upcycle.plan.groups import settled
@@ -78,8 +79,12 @@ def prepare(config: ConversionConfig, *, execute: bool) -> Conversion:
     source = open_source(config.source, need_weights=execute)
     if config.output:
         check_apart(source.path, expanded(config.output))
-    source = source.without_ahead() if config.mtp == "none" else source
+    if config.mtp != "keep":
+        source = source.without_ahead(f"mtp={config.mtp}")
     model = source.model
+    block = config.mtp if config.mtp in MADE else None
+    if block:
+        ahead_family(model.family.model_type, "mtp")
     order = own_order(model.family.model_type)
     moe = moe_shape(
         config.moe,
@@ -89,7 +94,7 @@ def prepare(config: ConversionConfig, *, execute: bool) -> Conversion:
         layers=model.ffn_layers,
         order=order,
     )
-    target, why = select_target(config.target, model, moe, portable=config.portable)
+    target, why = select_target(config.target, model, moe, portable=config.portable, ahead=block is not None)
     moe = settled(moe, config.init, target)
     dtypes = source.dtypes(config.dtype)
     masses: Mapping[int, float] = dict.fromkeys(moe.layers, expected_mass(moe))
@@ -108,6 +113,7 @@ def prepare(config: ConversionConfig, *, execute: bool) -> Conversion:
         dropped=source.dropped,
         portable=config.portable,
         latents=computed.latents,
+        block=block,
     )
     specs = [TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in plan.tensors]
     shards = layout_shards(specs, max_shard_bytes)

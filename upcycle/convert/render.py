@@ -58,6 +58,7 @@ def _summary(conversion: Conversion) -> Table:
         ("step 0", "lossless" if not plan.losses else "not lossless"),
         ("parameters", f"{cost.parameters:,} ({cost.active_parameters:,} active); dense {cost.dense_parameters:,}"),
         ("FLOPs per token", f"{cost.flops_per_token:,} in matrix products forward, {flops:.3f} x dense"),
+        *_ahead(cost),
         *_padding(cost),
         ("to write", f"{cost.bytes_to_write / 1e9:.3f} GB in {_count(len(conversion.shards), 'file')}"),
         ("disk free", f"{conversion.free / 1e9:.1f} GB"),
@@ -80,6 +81,14 @@ def _latent(plan: Plan, hidden_size: int) -> list[tuple[str, str]]:
         return []
     start = latent_start(plan.moe.latent, plan.init, hidden_size) or "identities"
     return [("latent", f"routed experts compute in {plan.moe.latent} of {hidden_size} dimensions, {start}")]
+
+
+def _ahead(cost: Cost) -> list[tuple[str, str]]:
+    """What of the parameters no forward pass of the model itself uses."""
+    if not cost.ahead_parameters:
+        return []
+    said = "of the parameters, and none of the active ones; layouts of ranks leave them out"
+    return [("multi-token prediction", f"{cost.ahead_parameters:,} {said}")]
 
 
 def _padding(cost: Cost) -> list[tuple[str, str]]:
@@ -120,8 +129,14 @@ def _layers(conversion: Conversion) -> Table:
     for indices, cells in _runs(conversion):
         name = str(indices[0]) if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
         table.add_row(name, *cells)
-    outside = [tensor for tensor in plan.tensors if tensor.layer is None]
-    table.add_row("outside", "embeddings, head, norm", str(len(outside)), _megabytes(outside), "", "", "", "")
+    ahead = [tensor for tensor in plan.tensors if tensor.kind == "ahead"]
+    outside = [tensor for tensor in plan.tensors if tensor.layer is None and tensor.kind != "ahead"]
+    for name, kind, tensors in (
+        ("ahead", "multi-token prediction", ahead),
+        ("outside", "embeddings, head, norm", outside),
+    ):
+        if tensors:
+            table.add_row(name, kind, str(len(tensors)), _megabytes(tensors), "", "", "", "")
     return table
 
 

@@ -1,6 +1,6 @@
 """How well a block for multi-token prediction predicts, and how often the model would accept its guesses.
 
-Shapes: B windows, L tokens, V vocabulary.
+Shapes: B windows, L tokens, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import ConcatDataset, DataLoader, Subset
 
-from upcycle.models.ahead import ahead_block, ahead_logits, before_head
+from upcycle.models.ahead import ahead_block, ahead_logits
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from torch import Tensor
     from transformers import PreTrainedModel
 
-    from upcycle.data.windows import Windows
+    from upcycle.models.ahead import AheadBlock
 
 
 class Ahead(NamedTuple):
@@ -34,37 +32,44 @@ class Ahead(NamedTuple):
     accepted: float
 
 
-@torch.no_grad()
-def ahead_metrics(
-    model: PreTrainedModel, held_out: Mapping[str, Windows], *, batch_size: int, windows: int | None, depths: int
-) -> list[Ahead]:
-    """Measure every depth, over all domains together; empty where the model has no block.
+class AheadSums:
+    """Measures every depth on forward passes that are made for other measurements, over all of them together.
 
     The model's own guesses are those that it makes on the text; the text's tokens stand for those accepted before.
 
     Args:
-        model: left in the mode it was in.
-        held_out: windows by domain.
-        batch_size: windows per forward pass.
-        windows: windows used per domain, from the first; None takes all.
+        model: has a block.
+        block: its block.
         depths: how many.
     """
-    block = ahead_block(model)
-    if block is None:
-        return []
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    sums = torch.zeros(depths, 3, dtype=torch.float64)
-    used = [Subset(each, range(min(windows or len(each), len(each)))) for each in held_out.values()]
-    for batch in DataLoader(ConcatDataset(used), batch_size=batch_size):
-        inputs = {name: values.to(device) for name, values in batch.items()}
-        labels_BL = inputs.pop("labels")
-        with before_head(model) as hidden:
-            own_BL = model(**inputs, use_cache=False).logits.argmax(-1)
+
+    def __init__(self, model: PreTrainedModel, block: AheadBlock, *, depths: int) -> None:
+        self._model, self._block, self._depths = model, block, depths
+        self._sums = torch.zeros(depths, 3, dtype=torch.float64)
+
+    def add(self, hidden_BLH: Tensor, logits_BLV: Tensor, labels_BL: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            hidden_BLH: what the model's head took.
+            logits_BLV: what it made of it.
+            labels_BL: the token after each position.
+        """
+        own_BL = logits_BLV.argmax(-1)
         kept_BL = torch.ones_like(labels_BL, dtype=torch.bool)
-        for depth, (logits, tokens) in enumerate(ahead_logits(model, block, hidden[0], labels_BL, depths=depths)):
-            kept_BL = kept_BL[:, :-1] & (logits.argmax(-1) == own_BL[:, depth + 1 :])
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="sum")
-            sums[depth] += torch.tensor([float(loss), float(kept_BL.sum()), tokens.numel()], dtype=torch.float64)
-    model.train(training)
-    return [Ahead(float(loss / count), float(kept / count)) for loss, kept, count in sums]
+        ahead = ahead_logits(self._model, self._block, hidden_BLH, labels_BL, depths=self._depths)
+        for depth, (guesses, tokens) in enumerate(ahead):
+            kept_BL = kept_BL[:, :-1] & (guesses.argmax(-1) == own_BL[:, depth + 1 :])
+            loss = F.cross_entropy(guesses.flatten(0, 1).float(), tokens.flatten(), reduction="sum")
+            counted = [float(loss), float(kept_BL.sum()), tokens.numel()]
+            self._sums[depth] += torch.tensor(counted, dtype=torch.float64)
+
+    def measured(self) -> list[Ahead]:
+        """What was measured, by depth."""
+        return [Ahead(float(loss / count), float(kept / count)) for loss, kept, count in self._sums]
+
+
+def ahead_sums(model: PreTrainedModel, *, depths: int) -> AheadSums | None:
+    """What measures the block of a model; None where it has none."""
+    block = ahead_block(model)
+    return AheadSums(model, block, depths=depths) if block else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,24 +11,27 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
 from upcycle.distributed.ranks import ALONE
+from upcycle.models.ahead import before_head
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import nn
+    from transformers import PreTrainedModel
 
     from upcycle.data.windows import Windows
     from upcycle.distributed.ranks import Ranks
+    from upcycle.evaluation.ahead import AheadSums
 
 
 @torch.no_grad()
 def domain_losses(
-    model: nn.Module,
+    model: PreTrainedModel,
     held_out: Mapping[str, Windows],
     *,
     batch_size: int,
     windows: int | None,
     ranks: Ranks = ALONE,
+    ahead: AheadSums | None = None,
 ) -> dict[str, tuple[float, int]]:
     """Mean cross entropy in nats per token, and the number of tokens, by domain; the model in evaluation mode.
 
@@ -37,6 +41,7 @@ def domain_losses(
         batch_size: windows per forward pass.
         windows: windows used per domain, from the first; None takes all.
         ranks: the processes over which the model is laid out; each measures its share of the windows.
+        ahead: what measures the model's block for multi-token prediction on the same passes; None without one.
     """
     device = next(model.parameters()).device
     training = model.training
@@ -51,8 +56,13 @@ def domain_losses(
         for batch in DataLoader(Subset(dataset, share), batch_size=batch_size):
             inputs = {name: values.to(device) for name, values in batch.items()}
             labels_BL = inputs.pop("labels")
-            # Positions keep documents apart only in a model that makes no cache.
-            logits = model(**inputs, use_cache=False).logits.flatten(0, 1).float()
+            with ExitStack() as watching:
+                hidden = watching.enter_context(before_head(model)) if ahead else []
+                # Positions keep documents apart only in a model that makes no cache.
+                logits_BLV = model(**inputs, use_cache=False).logits
+            if ahead:
+                ahead.add(hidden[0], logits_BLV, labels_BL)
+            logits = logits_BLV.flatten(0, 1).float()
             losses_BL = F.cross_entropy(logits, labels_BL.flatten(), reduction="none").view(labels_BL.shape)
             total += losses_BL[: max(0, left)].double().sum()
             left -= len(labels_BL)

@@ -13,7 +13,7 @@ from upcycle.arch.head import CAUSAL, REWARD, attributes_of, head_of
 from upcycle.data.corpus import build_corpus
 from upcycle.data.rated_corpus import build_rated
 from upcycle.errors import ConfigError
-from upcycle.evaluation.ahead import ahead_metrics
+from upcycle.evaluation.ahead import ahead_sums
 from upcycle.evaluation.harness import Harness
 from upcycle.evaluation.losses import domain_losses, perplexity
 from upcycle.evaluation.model import load_model
@@ -80,8 +80,8 @@ def _held_out(
         "batch_size": max(1, TOKENS_AT_ONCE // length),
         "windows": config.tokens and config.tokens // length,
     }
-    losses = domain_losses(model, corpus.held_out, **used)
-    ahead = ahead_metrics(model, corpus.held_out, **used, depths=config.mtp_depths)
+    ahead = ahead_sums(model, depths=config.mtp_depths)
+    losses = domain_losses(model, corpus.held_out, **used, ahead=ahead)
     domains = {
         name: {
             "loss": loss,
@@ -91,7 +91,8 @@ def _held_out(
         }
         for name, (loss, tokens) in losses.items()
     }
-    guesses = [{"tokens_ahead": depth, **each._asdict()} for depth, each in enumerate(ahead, start=2)]
+    measured = enumerate(ahead.measured(), start=2) if ahead else ()
+    guesses = [{"tokens_ahead": depth, **each._asdict()} for depth, each in measured]
     more = {"mtp": guesses} if guesses else {}
     return {"data": {"name": config.data.name, "hash": corpus.hash}, "domains": domains, **more}
 

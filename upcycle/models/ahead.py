@@ -19,9 +19,10 @@ from upcycle.arch.families import FAMILIES
 from upcycle.checkpoint import open_reader
 from upcycle.errors import ConfigError, SourceError
 from upcycle.models.config import read_config
+from upcycle.plan.ahead import ahead_family
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -45,7 +46,7 @@ class AheadBlock(nn.Module):
         super().__init__()
         from transformers import AutoConfig, AutoModel
 
-        family = ahead_family(config)
+        family = ahead_family(config.model_type)
         fields = {name: value for name, value in config.to_dict().items() if name not in ("dtype", "architectures")}
         assert family.ahead
         alone = AutoConfig.for_model(**{"model_type": family.model_type, **family.ahead.as_model(fields)})
@@ -56,7 +57,6 @@ class AheadBlock(nn.Module):
         hidden = config.hidden_size
         self.layers[0].enorm, self.layers[0].hnorm = deepcopy(norm), deepcopy(norm)
         self.layers[0].eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
-        nn.init.normal_(self.layers[0].eh_proj.weight, std=config.initializer_range)
         self.layers[-1].final_layernorm = norm
         self.config = alone
         self._trunk = [trunk]  # in a list: its modules are already this one's
@@ -74,39 +74,14 @@ class AheadBlock(nn.Module):
         return output
 
     @torch.no_grad()
-    def start_from(self, model: nn.Module) -> None:
-        """Start as the model's last layers of the same kinds, with the model's output as the block's input.
-
-        Raises:
-            ConfigError: the model has no layer of a kind that the block has.
-        """
-        config: Any = model.config
-        family = ahead_family(config)
-        assert family.ahead
-        kinds = family.layer_kinds(config.to_dict(), 0)
-        base: Any = model.get_submodule(family.in_memory(family.base_prefix).rstrip("."))
-        for layer, kind in zip(self.layers, family.ahead.pattern(config.to_dict()), strict=True):
-            if kind not in kinds:
-                raise ConfigError(
-                    "mtp.start=copy needs a layer of every kind that the block has",
-                    found=f"{kind} in {''.join(kinds)}",
-                    remedy="set mtp.start=random",
-                )
-            last = len(kinds) - 1 - kinds[::-1].index(kind)
-            layer.load_state_dict(base.layers[last].state_dict(), strict=False)
-        self.layers[-1].final_layernorm.load_state_dict(final_norm(family, base).state_dict())
-        hidden = config.hidden_size
-        self.layers[0].eh_proj.weight.copy_(torch.cat([torch.zeros(hidden, hidden), torch.eye(hidden)], dim=1))
-
-    @torch.no_grad()
     def fill(self, stored: Mapping[str, Tensor]) -> None:
-        """Take over stored tensors, by their names after the prefix; routed experts may be stored one by one."""
-        for name, parameter in self.layers.state_dict().items():
+        """Take over stored tensors, by their names on disk; routed experts may be stored one by one."""
+        for name, parameter in self.layers.state_dict(prefix=f"{NAME}.layers.").items():
             parameter.copy_(stored[name] if name in stored else torch.stack(list(_one_by_one(stored, name))))
 
 
 def attach(model: PreTrainedModel, kinds: tuple[str, ...] | None = None) -> AheadBlock:
-    """Give a model a block, with random weights, and say so in its configuration.
+    """Give a model a block, whose weights are to be filled in, and say so in its configuration.
 
     Args:
         model: of a family that has such layers.
@@ -116,7 +91,7 @@ def attach(model: PreTrainedModel, kinds: tuple[str, ...] | None = None) -> Ahea
         ConfigError: its family has no such layers.
     """
     config: Any = model.config
-    ahead = ahead_family(config).ahead
+    ahead = ahead_family(config.model_type).ahead
     assert ahead
     for name, value in ahead.fields(kinds or ahead.pattern(config.to_dict())).items():
         setattr(config, name, value)
@@ -125,13 +100,18 @@ def attach(model: PreTrainedModel, kinds: tuple[str, ...] | None = None) -> Ahea
     return block
 
 
+def tells_of_block(model: PreTrainedModel) -> bool:
+    """Whether a model's configuration says that it has such layers."""
+    ahead = _ahead_of(model)
+    return ahead is not None and bool(getattr(model.config, ahead.depths, 0))
+
+
 def detach(model: PreTrainedModel) -> bool:
     """Say in a model's configuration that it has no such layers; whether it said otherwise."""
-    config: Any = model.config
     ahead = _ahead_of(model)
-    if ahead is None or not getattr(config, ahead.depths, 0):
+    if ahead is None or not tells_of_block(model):
         return False
-    setattr(config, ahead.depths, 0)
+    setattr(model.config, ahead.depths, 0)
     return True
 
 
@@ -155,7 +135,7 @@ def load_block(model: PreTrainedModel, directory: Path) -> AheadBlock | None:
             remedy="set mtp.start=none, copy or random",
         )
     reader = open_reader(directory)
-    stored = {n.removeprefix(ahead.prefix): reader.read(n) for n in reader.tensors if n.startswith(ahead.prefix)}
+    stored = {name: reader.read(name) for name in reader.tensors if name.startswith(ahead.prefix)}
     if not stored:
         raise SourceError(
             "config.json tells of layers for multi-token prediction that the files do not have",
@@ -206,29 +186,27 @@ def ahead_logits(
         yield head(hidden_BLH), labels_BL[:, depth:]
 
 
-def ahead_family(config: Any) -> Family:
-    """The family of a configuration, which has layers for multi-token prediction.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    family = FAMILIES.get(config.model_type)
-    if family is None or family.ahead is None:
-        known = sorted(name for name, each in FAMILIES.items() if each.ahead)
-        raise ConfigError(
-            "this type has no layers for multi-token prediction",
-            found=f"model_type={config.model_type}",
-            expected=", ".join(known),
-            remedy="set mtp.start=none",
-        )
-    return family
-
-
 def final_norm(family: Family, base: Any) -> nn.Module:
     """The norm behind the last layer of a model without its head."""
     name = next(name for name, symbols in family.outer.items() if symbols == "H")
     norm: nn.Module = getattr(base, name.split(".")[-2])
     return norm
+
+
+def stored_tensors(model: PreTrainedModel) -> Callable[[str], Tensor]:
+    """Returns tensors of a model by their names on disk, where routed experts are stored one by one."""
+    family, state = FAMILIES[model.config.model_type], model.state_dict()
+
+    def read(name: str) -> Tensor:
+        own = family.in_memory(name)
+        tensor: Tensor | None = state.get(own)
+        if tensor is not None:
+            return tensor
+        stem, expert, matrix, _ = own.rsplit(".", 3)
+        of_all: Tensor = state[f"{stem}.{matrix}"]
+        return of_all[int(expert)]
+
+    return read
 
 
 def _one_by_one(stored: Mapping[str, Tensor], stacked: str) -> Iterator[Tensor]:

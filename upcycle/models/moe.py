@@ -46,6 +46,7 @@ class MoeDescription:
         gated: whether the experts have a gate.
         hidden_size, vocabulary: sizes.
         latent: size in which routed experts compute; None: in the hidden size.
+        ahead_layers: MoE layers of the block for multi-token prediction that it has in memory, counted on from its own.
     """
 
     target: Target
@@ -68,6 +69,7 @@ class MoeDescription:
     hidden_size: int
     vocabulary: int
     latent: int | None
+    ahead_layers: tuple[int, ...] = ()
 
     @property
     def model_type(self) -> str:
@@ -84,7 +86,19 @@ class MoeDescription:
         return [self.layer_path.format(layer=layer) + name.format(ffn=self.ffn) for name in self.target.blocks]
 
     def router_path(self, layer: int) -> str:
-        return self.layer_path.format(layer=layer) + self.target.router_module.format(ffn=self.ffn)
+        """Its router in memory, of a layer of a block for multi-token prediction too."""
+        return self._in_memory(layer) + self.target.router_module.format(ffn=self.ffn)
+
+    def ahead_place(self, layer: int) -> int:
+        """The index within its block of a layer that is counted on from the model's own."""
+        return layer - self.layer_count
+
+    def _in_memory(self, layer: int) -> str:
+        if layer < self.layer_count:
+            return self.layer_path.format(layer=layer)
+        ahead = FAMILIES[str(self.target.family)].ahead
+        assert ahead
+        return ahead.layer.format(layer=self.ahead_place(layer))
 
     @property
     def indices_first(self) -> bool:
@@ -147,6 +161,17 @@ def is_mixture(given: str) -> bool:
     """Whether a directory holds a mixture of experts that upcycle knows."""
     directory = Path(given).expanduser()
     return (directory / "config.json").is_file() and target_of(read_config(directory)) is not None
+
+
+def ahead_layers(config: Any) -> tuple[int, ...]:
+    """Indices, counted on from its last layer, of the MoE layers for multi-token prediction that a config tells of."""
+    family, fields = FAMILIES.get(config.model_type), config.to_dict()
+    ahead = family.ahead if family else None
+    if family is None or ahead is None or not fields.get(ahead.depths):
+        return ()
+    layers = len(family.layer_kinds(fields, 0))
+    kinds = ahead.pattern(fields)
+    return tuple(layers + place for place, kind in enumerate(kinds) if family.kinds[kind].experts)
 
 
 def _expert_layers(family: Family, fields: Mapping[str, Any]) -> tuple[int, ...]:

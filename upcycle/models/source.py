@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,7 @@ class DenseSource:
         reader: lazy reader; None when only config and index are there.
         stored: the model's tensor name -> the name in the files.
         buffers: names in the files of buffers that no model reads.
-        left: names of tensors for multi-token prediction that are to be left out.
+        left: name of every tensor for multi-token prediction that is to be left out, and why.
         bias: name in the files of a reward head's bias, which config.json takes.
     """
 
@@ -67,7 +67,7 @@ class DenseSource:
     reader: TensorReader | None
     stored: Mapping[str, str]
     buffers: tuple[str, ...]
-    left: tuple[str, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
     bias: str | None = None
 
     @property
@@ -86,10 +86,9 @@ class DenseSource:
         tied = [HEAD] if self.model.tied and HEAD in self.stored else []
         buffers = dict.fromkeys(self.buffers, "a buffer that the model computes anew")
         bias = {self.bias: f"in config.json, as {OFFSETS}"} if self.bias else {}
-        left = dict.fromkeys(self.left, "mtp=none")
-        return {**dict.fromkeys(tied, "tied to the embedding"), **bias, **buffers, **left}
+        return {**dict.fromkeys(tied, "tied to the embedding"), **bias, **buffers, **self.left}
 
-    def without_ahead(self) -> DenseSource:
+    def without_ahead(self, why: str) -> DenseSource:
         """The same model without its layers for multi-token prediction, which no forward pass of it uses."""
         ahead, left = self.model.family.ahead, self.model.ahead_shapes()
         if ahead is None or not left:
@@ -97,7 +96,7 @@ class DenseSource:
         config = deepcopy(self.model.config)
         setattr(config, ahead.depths, 0)
         stored = {name: each for name, each in self.stored.items() if name not in left}
-        return replace(self, model=replace(self.model, config=config), stored=stored, left=tuple(left))
+        return replace(self, model=replace(self.model, config=config), stored=stored, left=dict.fromkeys(left, why))
 
     def read(self, name: str) -> Tensor:
         """A tensor by the model's name for it."""

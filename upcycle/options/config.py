@@ -78,7 +78,8 @@ class ConversionConfig:
         output: directory of the MoE checkpoint.
         target: auto, or a MoE type by name.
         portable: also write what other engines need and what changes nothing, such as biases of zeros.
-        mtp: what becomes of layers for multi-token prediction: keep (as they are) or none.
+        mtp: layers for multi-token prediction: keep (the source's), none, or a new block: copy (of the model's last
+            layers, with its output as input) or random.
         dtype: auto (the source's), float32, bfloat16 or float16.
         seed: seed of everything random.
         max_shard_size: size limit of one safetensors file, such as 5GB or 500MB.

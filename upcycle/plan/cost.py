@@ -27,6 +27,7 @@ class Cost:
         dense_parameters: of the source, tied weights counted once.
         parameters: of the MoE.
         active_parameters: of the MoE, used per token.
+        ahead_parameters: of `parameters`, those for multi-token prediction, which count as neither active nor in FLOPs.
         bytes_to_write: tensor bytes of the output.
         dense_flops_per_token: forward, products with weights (2 per weight), head included, attention scores not.
         flops_per_token: the same for the MoE.
@@ -39,6 +40,7 @@ class Cost:
     dense_parameters: int
     parameters: int
     active_parameters: int
+    ahead_parameters: int
     bytes_to_write: int
     dense_flops_per_token: int
     flops_per_token: int
@@ -62,13 +64,15 @@ def cost(plan: Plan, model: DenseModel, *, bytes_per_element: Mapping[str, int])
     copies = [tensor for tensor in plan.tensors if tensor.kind == "copy"]
     total = sum(sizes.values()) - sum(sizes[tensor.name] for tensor in (*zeros, *copies))
     routed = sum(sizes[tensor.name] for tensor in plan.tensors if tensor.kind == "expert")
+    ahead = sum(sizes[tensor.name] for tensor in plan.tensors if tensor.kind == "ahead")
     largest = max(math.prod(shape) for shape in model.tensors().values())
     widest = max(bytes_per_element[tensor.dtype] for tensor in plan.tensors)
     dense_flops = dense_matmul_flops(model)
     return Cost(
         dense_parameters=sum(math.prod(shape) for shape in model.tensors().values()),
         parameters=total,
-        active_parameters=total - routed + routed * plan.moe.top_k // plan.moe.experts,
+        active_parameters=total - ahead - routed + routed * plan.moe.top_k // plan.moe.experts,
+        ahead_parameters=ahead,
         bytes_to_write=sum(nbytes.values()),
         dense_flops_per_token=dense_flops,
         flops_per_token=dense_flops + _extra_flops(plan, model),

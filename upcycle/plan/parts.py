@@ -99,14 +99,22 @@ class Basis:
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """The first rows and columns of an identity, times a factor."""
+    """The first rows and columns of an identity, times a factor.
+
+    Attributes:
+        rows, cols: shape.
+        factor: what the values are multiplied by.
+        behind: columns of zeros before it, among `cols`.
+    """
 
     rows: int
     cols: int
     factor: float = 1.0
+    behind: int = 0
 
     def __str__(self) -> str:
-        return f"identity [{self.rows}, {self.cols}]{_times(self.factor)}"
+        zeros = f" behind {self.behind} columns of zeros" if self.behind else ""
+        return f"identity [{self.rows}, {self.cols}]{zeros}{_times(self.factor)}"
 
 
 @dataclass(frozen=True, kw_only=True)

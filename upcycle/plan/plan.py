@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from upcycle.arch.engines import Serving, features, serving
+from upcycle.arch.family import describe
 from upcycle.arch.head import head_fields
 from upcycle.arch.padding import PADDED
+from upcycle.plan.ahead import ahead_notes, block_kinds, block_tensors, check_kept
 from upcycle.plan.coverage import check_coverage
 from upcycle.plan.experts import router_deviation
 from upcycle.plan.groups import group_notes
@@ -83,6 +85,7 @@ def build_plan(
     dropped: Mapping[str, str],
     portable: bool,
     latents: Latents | None = None,
+    block: str | None = None,
 ) -> Plan:
     """Plan a conversion.
 
@@ -97,6 +100,11 @@ def build_plan(
         dropped: stored tensors that the model does not need, and why.
         portable: whether to write what other engines need.
         latents: what was computed for latent projections; None where nothing was.
+        block: how a new block for multi-token prediction starts; None where none is made.
+
+    Raises:
+        ConfigError: the model has no layers that such a block could be made of.
+        TargetError: the type cannot describe the layers for multi-token prediction that are kept.
     """
     latents = latents or Latents()
     gated, family = model.gated, model.family.model_type
@@ -109,6 +117,9 @@ def build_plan(
     config = {"model_type": target.model_type, **target.fields(model, moe), **head_fields(model.head, model.config)}
     if field:
         config[field] = scaling[moe.layers[0]].output if in_config(init.scaling) else 1.0
+    if block:
+        assert model.family.ahead
+        config |= model.family.ahead.fields(block_kinds(model.family, config))
     padding = target.padding if portable else None
     padded = padding.fields(config) if padding else {}
     tensors = tuple(
@@ -124,6 +135,13 @@ def build_plan(
             latents=latents,
         ).all()
     )
+    written = _described(model, config) if target.ahead else model
+    if block:
+        tied = {target.layout.router: moe.granularity if moe.groups == "tied" else 1}
+        own = {tensor.name: tensor for tensor in tensors}
+        tensors += tuple(block_tensors(written, own, block, tied=tied, option="mtp"))
+    else:
+        check_kept(model, written)
     if init.name == "random":
         reason = "replaced by random experts"
         dropped = {**dropped, **{name: reason for layer in moe.layers for name, _ in ffn_tensors(model, layer)}}
@@ -148,12 +166,20 @@ def build_plan(
         notes=(
             *_notes(moe, init, target, router_std),
             *latent_notes(moe.latent, init, model.hidden_size),
+            *(ahead_notes(written, block) if block else ()),
             *(f"config.json's {name}={stray[name]} is not taken over: {family} has no such field" for name in stray),
         ),
         latents=latents,
     )
     check_coverage(tensors, model.tensors(), dropped=dropped)
     return plan
+
+
+def _described(model: DenseModel, config: Mapping[str, Any]) -> DenseModel:
+    """The MoE that is written, of its dense model's own family."""
+    from transformers import AutoConfig
+
+    return describe(model.family, AutoConfig.for_model(**config), model.head)
 
 
 def _losses(moe: MoeShape, init: InitConfig, *, exact_scale: bool, spread: float) -> Iterator[str]:

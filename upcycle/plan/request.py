@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, get_args
 
 from upcycle.arch.moe import MoeShape, RouterOrder, Shared
 from upcycle.errors import ConfigError, did_you_mean, nearest
+from upcycle.plan.ahead import MADE
 from upcycle.plan.groups import CHOICES, GROUPED_INITS, check_groups
 from upcycle.plan.latent import LATENT_STARTS, check_latent, latent_start
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 ROUTER_ORDERS: tuple[RouterOrder, ...] = get_args(RouterOrder)
 SCALING_RULES = ("exact", "paper", "down", "calibrated", "none")
-AHEAD = ("keep", "none")
+AHEAD = ("keep", "none", *MADE)
 INITS = ("virtual_group", "copy", "drop", "noise", "random")
 MOST_EXPERTS = 2**16
 

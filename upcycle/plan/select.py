@@ -14,16 +14,25 @@ if TYPE_CHECKING:
     from upcycle.arch.target import Target
 
 
-def select_target(name: str, model: DenseModel, moe: MoeShape, *, portable: bool) -> tuple[Target, tuple[str, ...]]:
+def select_target(
+    name: str, model: DenseModel, moe: MoeShape, *, portable: bool, ahead: bool = False
+) -> tuple[Target, tuple[str, ...]]:
     """Return the MoE type and the reasons for it, one line each.
 
     Of those that express the request, the one that most engines serve exactly; of these, the first.
+
+    Args:
+        name: auto, or the type that was asked for.
+        model: the dense model.
+        moe: the request.
+        portable: whether to write what other engines need.
+        ahead: whether a new block for multi-token prediction is asked for.
 
     Raises:
         ConfigError: no such type.
         TargetError: the type asked for cannot express the request; names every field and the types that can.
     """
-    objections = {target.model_type: target.objections(model, moe) for target in TARGETS.values()}
+    objections = {target.model_type: target.objections(model, moe, ahead=ahead) for target in TARGETS.values()}
     fitting = [model_type for model_type, found in objections.items() if not found]
     if name == "auto" and fitting:
         found = features(model, moe, portable=portable)

@@ -34,7 +34,8 @@ class TargetTensor:
         shape: shape on disk.
         dtype: safetensors code.
         parts: what it is made of.
-        kind: backbone, router, router_bias, expert, latent, shared or shared_gate; of what engines need, zeros or copy.
+        kind: backbone, router, router_bias, expert, latent, shared or shared_gate; ahead for multi-token prediction; of
+            what engines need, zeros or copy.
         layer: index of its layer; None outside the layers.
     """
 
@@ -87,7 +88,7 @@ class Tensors:
         for layer in range(self.model.layers):
             yield from (replace(tensor, layer=layer) for tensor in self._layer(layer))
         for name, shape in self.model.ahead_shapes().items():
-            yield self._whole(name, shape)
+            yield replace(self._whole(name, shape), kind="ahead")
         if self.padding and self.model.tied:
             copied = self.padding.embedding
             whole = self._whole(copied, self.model.outer_shapes()[copied])

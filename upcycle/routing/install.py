@@ -14,7 +14,7 @@ from upcycle.routing.balance import bias_step, load_balancing_loss, sum_over_ran
 from upcycle.routing.check import check_routing
 from upcycle.routing.config import coefficient
 from upcycle.routing.release import Joint, rescale
-from upcycle.routing.router import Forward, Router
+from upcycle.routing.router import Forward, Router, together
 from upcycle.routing.selection import native_selection, selection_changes
 from upcycle.routing.statistics import RoutingSums, no_sums, stack
 from upcycle.routing.ties import is_tied
@@ -33,14 +33,17 @@ class Losses(NamedTuple):
     """Balancing losses of one forward, means over layers.
 
     Attributes:
-        total: what to add to the model's loss: the others times their coefficients, 0 if all of these are.
+        total: what to add to the model's loss: the others times their coefficients, 0 if all of these are. A layer for
+            multi-token prediction weighs as much as one of the model's.
         aux: Switch's load-balancing loss, without its coefficient.
         z: the router's z-loss, without its coefficient.
+        ahead: the last two of the layers for multi-token prediction; None where there are none.
     """
 
     total: Tensor
     aux: Tensor
     z: Tensor
+    ahead: tuple[Tensor, Tensor] | None
 
 
 class Routing:
@@ -49,15 +52,21 @@ class Routing:
     Only forwards in training mode count.
 
     Attributes:
-        routers: by layer index.
+        routers: by layer index, those of a block for multi-token prediction after the model's own.
         balance: the options.
         joint: when experts will be chosen in another way, and how; None never.
     """
 
     def __init__(
-        self, routers: dict[int, Router], balance: BalanceConfig, experts: dict[int, nn.Module] | None = None
+        self,
+        routers: dict[int, Router],
+        balance: BalanceConfig,
+        experts: dict[int, nn.Module] | None = None,
+        *,
+        beyond: int = 0,
     ) -> None:
         self.routers = routers
+        self._own = len(routers) - beyond
         self.balance = balance
         self.joint: Joint | None = None
         self._experts = experts or {}
@@ -103,19 +112,23 @@ class Routing:
         Raises:
             RuntimeError: no forward in training mode since the last optimizer step.
         """
-        forwards = [self._forwarded(layer) for layer in self.routers]
+        forwards = [together(self._forwarded(layer)) for layer in self.routers]
         if self.balance.statistics == "global_batch":
             load_LN = sum_over_ranks(self._step_load())
         else:
             load_LN = torch.stack([forward.load_N for forward in forwards])
         probability_LN = torch.stack([forward.probability_N for forward in forwards])
-        aux = load_balancing_loss(probability_LN, load_LN)
-        z = torch.stack([forward.z_loss for forward in forwards]).mean()
+        z_L = torch.stack([forward.z_loss for forward in forwards])
+        own, beyond = slice(self._own), slice(self._own, None)
+        parts = [own, beyond] if len(forwards) > self._own else [own]
+        aux = [load_balancing_loss(probability_LN[part], load_LN[part]) for part in parts]
+        z = [z_L[part].mean() for part in parts]
         weighted = [(self._coefficient("aux_loss", step), aux), (self._coefficient("z_loss", step), z)]
-        terms = [weight * loss for weight, loss in weighted if weight]
-        total = torch.stack(terms).sum() if terms else torch.zeros_like(aux)
-        aux, z = (loss if weight else loss.detach() for weight, loss in weighted)
-        return Losses(total=total, aux=aux, z=z)
+        shares = (1.0, (len(forwards) - self._own) / self._own)
+        terms = [w * s * loss for w, losses in weighted if w for s, loss in zip(shares, losses, strict=False)]
+        total = torch.stack(terms).sum() if terms else torch.zeros_like(aux[0])
+        aux, z = ([loss if weight else loss.detach() for loss in losses] for weight, losses in weighted)
+        return Losses(total=total, aux=aux[0], z=z[0], ahead=(aux[1], z[1]) if len(parts) > 1 else None)
 
     @torch.no_grad()
     def end_step(self, step: int) -> None:
@@ -136,7 +149,7 @@ class Routing:
             _log.info("from step %d on experts are chosen by %s; layers rescaled by %s", step, self.joint.then, shown)
         self.begin(step + 1)
         for router in self.routers.values():
-            router.forwarded = router.step_load_N = None
+            router.forwarded, router.step_load_N = (), None
 
     def _together(self) -> int:
         """How many experts' biases move as one: those of a virtual group while groups are chosen as wholes."""
@@ -145,9 +158,19 @@ class Routing:
         return selection.granularity if whole else 1
 
     def statistics(self) -> RoutingSums:
-        """Return the sums since `reset_statistics`, on this rank, in the order of `routers`, with a dimension L."""
+        """Return the sums since `reset_statistics`, on this rank, in the order of `routers`, with a dimension L.
+
+        Those of a block for multi-token prediction are left out.
+        """
+        return self._stacked(slice(self._own))
+
+    def ahead_statistics(self) -> RoutingSums | None:
+        """The same of a block for multi-token prediction; None where there is none, or one without experts."""
+        return self._stacked(slice(self._own, None)) if len(self.routers) > self._own else None
+
+    def _stacked(self, part: slice) -> RoutingSums:
         layers = []
-        for router in self.routers.values():
+        for router in list(self.routers.values())[part]:
             none = no_sums(len(router.weight), router.weight.device)
             layers.append(none if router.sums is None else router.sums)
         return stack(layers)
@@ -157,11 +180,11 @@ class Routing:
         for router in self.routers.values():
             router.sums = None
 
-    def _forwarded(self, layer: int) -> Forward:
-        forward = self.routers[layer].forwarded
-        if forward is None:
+    def _forwarded(self, layer: int) -> tuple[Forward, ...]:
+        forwards = self.routers[layer].forwarded
+        if not forwards:
             raise RuntimeError(f"the router of layer {layer} saw no forward in training mode since the last step")
-        return forward
+        return forwards
 
     def _step_load(self) -> Tensor:
         loads = []
@@ -175,7 +198,13 @@ class Routing:
 
 
 def install_routers(
-    model: PreTrainedModel, moe: MoeDescription, router: RouterConfig, balance: BalanceConfig, *, random: bool = False
+    model: PreTrainedModel,
+    moe: MoeDescription,
+    router: RouterConfig,
+    balance: BalanceConfig,
+    *,
+    random: bool = False,
+    depths: int = 1,
 ) -> Routing:
     """Replace the routers of `model` in place; the parameters and their names stay.
 
@@ -188,6 +217,7 @@ def install_routers(
         router: options of routing.
         balance: options of its balancing.
         random: whether its weights are random: then rows that are to be tied are made equal, not looked at.
+        depths: how often a forward pass applies a block for multi-token prediction.
 
     Raises:
         ConfigError: options that cannot work, alone, together or with this model; rows of a group that differ under
@@ -195,19 +225,26 @@ def install_routers(
     """
     check_routing(moe, router, balance)
     routers, experts = {}, {}
-    for layer in moe.layers:
-        path = moe.router_path(layer)
-        routers[layer] = _replacement(model.get_submodule(path), moe, router, balance)
+    for layer in (*moe.layers, *moe.ahead_layers):
+        path, passes = moe.router_path(layer), depths if layer in moe.ahead_layers else 1
+        routers[layer] = _replacement(model.get_submodule(path), moe, router, balance, passes=passes)
         model.set_submodule(path, routers[layer], strict=True)
         experts[layer] = model.get_submodule(moe.experts_path(layer))
     model.config.output_router_logits = False
     for layer, made in routers.items():
         if made.tied and made.weight.device.type != "meta":
-            _tie(made, layer, random=random)
-    return Routing(routers, balance, experts)
+            _tie(made, _name(moe, layer), random=random)
+    return Routing(routers, balance, experts, beyond=len(moe.ahead_layers))
 
 
-def _tie(router: Router, layer: int, *, random: bool) -> None:
+def _name(moe: MoeDescription, layer: int) -> str:
+    """A layer in words."""
+    if layer in moe.ahead_layers:
+        return f"layer {moe.ahead_place(layer)} of the block for multi-token prediction"
+    return f"layer {layer}"
+
+
+def _tie(router: Router, layer: str, *, random: bool) -> None:
     if random:
         router.tie()
         return
@@ -215,18 +252,20 @@ def _tie(router: Router, layer: int, *, random: bool) -> None:
     if bias_N is not None and not is_tied(bias_N[:, None], router.selection.granularity):
         raise ConfigError(
             "moe.groups=tied needs a correction bias that is equal within a virtual group",
-            found=f"biases of layer {layer} that differ: with them, plain top-k takes groups apart",
+            found=f"biases of {layer} that differ: with them, plain top-k takes groups apart",
             remedy="set moe.groups=free to go on as before, or convert the dense model anew",
         )
     if not is_tied(router.weight, router.selection.granularity):
         raise ConfigError(
             "moe.groups=tied needs router rows that are equal within a virtual group",
-            found=f"rows of layer {layer} that differ, as training with moe.groups=free makes them",
+            found=f"rows of {layer} that differ, as training with moe.groups=free makes them",
             remedy="set moe.groups=free to go on as before, or convert the dense model anew",
         )
 
 
-def _replacement(native: nn.Module, moe: MoeDescription, router: RouterConfig, balance: BalanceConfig) -> Router:
+def _replacement(
+    native: nn.Module, moe: MoeDescription, router: RouterConfig, balance: BalanceConfig, *, passes: int
+) -> Router:
     stored: Any = native.selection if moe.target.generic else native_selection(moe)
     bias_N = getattr(native, "e_score_correction_bias", None)
     if bias_N is not None and router.expert_choice:
@@ -239,5 +278,5 @@ def _replacement(native: nn.Module, moe: MoeDescription, router: RouterConfig, b
     if bias_N is None and balance.bias_update != 0:
         bias_N = torch.zeros(len(weight), dtype=torch.float32, device=weight.device)
     selection = replace(stored, **selection_changes(moe, router))
-    made = Router(native, selection, router, bias_N=bias_N, indices_first=moe.indices_first)
+    made = Router(native, selection, router, bias_N=bias_N, indices_first=moe.indices_first, passes=passes)
     return made.train(native.training)

@@ -30,11 +30,26 @@ class Forward(NamedTuple):
         probability_N: mean router probability of each expert.
         z_loss: scalar.
         load_N: assignments to each expert, before any is dropped, int64.
+        tokens: how many there were, int64.
     """
 
     probability_N: Tensor
     z_loss: Tensor
     load_N: Tensor
+    tokens: Tensor
+
+
+def together(forwards: tuple[Forward, ...]) -> Forward:
+    """Several forwards as if their tokens had come in one."""
+    if len(forwards) == 1:
+        return forwards[0]
+    total = torch.stack([each.tokens for each in forwards]).sum()
+    return Forward(
+        probability_N=torch.stack([each.probability_N * (each.tokens / total) for each in forwards]).sum(dim=0),
+        z_loss=torch.stack([each.z_loss * (each.tokens / total) for each in forwards]).sum(),
+        load_N=torch.stack([each.load_N for each in forwards]).sum(dim=0),
+        tokens=total,
+    )
 
 
 class Router(BiasedRouter):
@@ -46,6 +61,7 @@ class Router(BiasedRouter):
         options: the options.
         bias_N: see `e_score_correction_bias`.
         indices_first: whether the block around it takes (indices, weights, logits).
+        passes: how often a forward pass of the model applies it.
 
     Attributes:
         weight: the native router's own parameter, [N, H].
@@ -54,7 +70,7 @@ class Router(BiasedRouter):
         ahead: how they will after the next optimizer step, in the last step before a release; otherwise None.
         masses: where `ahead` is set, sums over the tokens of this step of the weights as they are, and as they would be
             under `ahead`, float64 [2].
-        forwarded: the last training forward; None after an optimizer step.
+        forwarded: of the last training forward pass of the model, one of each time; empty after an optimizer step.
         step_load_N: assignments in all training forwards of this optimizer step; None before the first.
         sums: statistics since they were last reset; None before the first training forward.
         measuring: whether training forwards add to `sums`.
@@ -73,14 +89,16 @@ class Router(BiasedRouter):
         *,
         bias_N: Tensor | None,
         indices_first: bool = False,
+        passes: int = 1,
     ) -> None:
         super().__init__()
         self._parameters = native._parameters  # and no copy of it: FSDP2 exchanges what is in it
         self.register_buffer("e_score_correction_bias", bias_N)
         self.selection, self.options, self._indices_first = selection, options, indices_first
+        self._passes = passes
         self.ahead: ExpertSelection | None = None
         self.masses: Tensor | None = None
-        self.forwarded: Forward | None = None
+        self.forwarded: tuple[Forward, ...] = ()
         self.step_load_N: Tensor | None = None
         self.sums: RoutingSums | None = None
         self.measuring = True
@@ -179,7 +197,9 @@ class Router(BiasedRouter):
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             with torch.no_grad():
                 load_N = expert_counts(index_TK, logits_TN.shape[-1], chosen_TK)
-            self.forwarded = Forward(probability_N, z, load_N)
+            made = Forward(probability_N, z, load_N, load_N.new_full((), len(logits_TN)))
+            # Read only where it has to be: what is read is what torch.compile compiles for.
+            self.forwarded = (made,) if self._passes == 1 else (*self.forwarded, made)[-self._passes :]
             self.step_load_N = load_N if self.step_load_N is None else self.step_load_N + load_N
             if self.measuring:
                 with torch.no_grad():

@@ -46,6 +46,8 @@ METRICS = (
     _metric("train/z_loss", "1", "last", "mean squared log-sum-exp of the router's logits, before its coefficient"),
     _metric("train/distill_loss", "nats/token", "last", "KL of the student from the teacher, before its weight"),
     _metric("train/mtp_loss", "nats/token", "last", "cross entropy of the tokens after the next one, mean over depths"),
+    _metric("train/mtp_aux_loss", "1", "last", "train/aux_loss of the layers for multi-token prediction"),
+    _metric("train/mtp_z_loss", "1", "last", "train/z_loss of the layers for multi-token prediction"),
     _metric("train/grad_norm", "1", "mean", "global L2 norm of the gradient before clipping"),
     _metric("train/learning_rate", "1", "last", "of the last step, before factors for router and experts"),
     _metric("train/tokens", "tokens", "last", "tokens trained on"),
@@ -87,6 +89,14 @@ METRICS = (
     _metric("moe/layer_{layer}/whole_ffns", "1", "last", "moe/whole_ffns of one layer"),
     _metric("moe/layer_{layer}/dense_cosine", "1", "last", "cosine of each expert to its dense shard, a list"),
     _metric("moe/layer_{layer}/group_cosine", "1", "last", "moe/group_cosine of one layer"),
+    _metric("mtp/layer_{layer}/load", "1", "last", "moe/layer_{layer}/load of a layer of the mtp block"),
+    _metric("mtp/layer_{layer}/max_vio", "1", "last", "moe/max_vio of a layer of the mtp block"),
+    _metric("mtp/layer_{layer}/load_entropy", "1", "last", "moe/load_entropy of a layer of the mtp block"),
+    _metric("mtp/layer_{layer}/dead_experts", "experts", "last", "moe/dead_experts of a layer of the mtp block"),
+    _metric("mtp/layer_{layer}/dropped_share", "1", "last", "moe/dropped_share of a layer of the mtp block"),
+    _metric("mtp/layer_{layer}/router_entropy", "nats", "last", "moe/router_entropy of a layer of the mtp block"),
+    _metric("mtp/layer_{layer}/selected_mass", "1", "last", "moe/selected_mass of a layer of the mtp block"),
+    _metric("mtp/layer_{layer}/whole_ffns", "1", "last", "moe/whole_ffns of a layer of the mtp block"),
 )
 
 

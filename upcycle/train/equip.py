@@ -53,7 +53,8 @@ def equip(start: Start, config: TrainConfig) -> Equipment:
     if start.moe:
         kernel = install_kernel(start.model, config.kernel, device=device_of(config), dtype=dtype).name
         random = config.model == "scratch"
-        routing = install_routers(start.model, start.moe, config.router, config.balance, random=random)
+        options, depths = (config.router, config.balance), config.mtp.depths
+        routing = install_routers(start.model, start.moe, *options, random=random, depths=depths)
     tokens_per_step = config.batch.sequences * config.sequence_length
     length = config.sequence_length
     forward = forward_flops(start.model, start.moe, sequence_length=length)

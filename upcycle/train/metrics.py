@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 TOKENS = "tokens"  # in the sums, where it is no mean over micro-batches
+LOAD = "load"
 WHOLE = 0.9  # share of tokens with whole FFNs below which a run has lost its start
 _log = logging.getLogger("upcycle")
 
@@ -157,6 +158,9 @@ class TrainingMetrics(Callback):
         }
         if self._routing:
             row |= routing_row(self._over_ranks(module.routing.statistics()), module.moe.layers)
+            if ahead := module.routing.ahead_statistics():
+                places = tuple(map(module.moe.ahead_place, module.moe.ahead_layers))
+                row |= layer_rows(by_layer(self._over_ranks(ahead)), places, "mtp/layer_{layer}")
             module.routing.reset_statistics()
         return row
 
@@ -192,10 +196,30 @@ def routing_row(sums: RoutingSums, layers: tuple[int, ...]) -> Row:
         sums: of all layers, each with a leading dimension L.
         layers: indices of the MoE layers.
     """
+    measured = by_layer(sums)
+    means = {
+        f"moe/{name}": sum(values) if name == "dead_experts" else sum(values) / len(values)
+        for name, values in measured.items()
+        if name != LOAD
+    }
+    return means | layer_rows(measured, layers, "moe/layer_{layer}")
+
+
+def layer_rows(measured: dict[str, list[Any]], layers: tuple[int, ...], place: str) -> Row:
+    """What was measured of each layer, under a name for it with `{layer}` left open."""
+    return {
+        f"{place.format(layer=layer)}/{name}": value
+        for name, values in measured.items()
+        for layer, value in zip(layers, values, strict=True)
+    }
+
+
+def by_layer(sums: RoutingSums) -> dict[str, list[Any]]:
+    """Metrics of routing, one value a layer; of the load, a list."""
     load_LN = sums.load.double()
     share_LN = load_LN / load_LN.sum(-1, keepdim=True).clamp_min(1)
     experts, tokens_L = load_LN.shape[-1], sums.tokens.double().clamp_min(1)
-    by_layer = {
+    measured = {
         "max_vio": share_LN.max(-1).values * experts - 1,
         "load_entropy": torch.special.entr(share_LN).sum(-1) / math.log(max(2, experts)),
         "dead_experts": (sums.load == 0).sum(-1),
@@ -203,14 +227,9 @@ def routing_row(sums: RoutingSums, layers: tuple[int, ...]) -> Row:
         "router_entropy": sums.entropy / tokens_L,
         "selected_mass": sums.mass / tokens_L,
         "whole_ffns": sums.whole / tokens_L,
+        LOAD: share_LN,
     }
-    row: Row = {}
-    for name, values_L in by_layer.items():
-        values = values_L.tolist()
-        row[f"moe/{name}"] = sum(values) if name == "dead_experts" else sum(values) / len(values)
-        row |= {f"moe/layer_{layer}/{name}": value for layer, value in zip(layers, values, strict=True)}
-    shares = share_LN.tolist()
-    return row | {f"moe/layer_{layer}/load": share for layer, share in zip(layers, shares, strict=True)}
+    return {name: values.tolist() for name, values in measured.items()}
 
 
 class ExpertSimilarity(Periodic):

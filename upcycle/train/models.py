@@ -81,7 +81,7 @@ def start_model(config: TrainConfig, ranks: Ranks = ALONE) -> Start:
         if ranks.layout.data > 1:
             check_units(start.model)
         settle(start.model)
-    settle_ahead(start, config.mtp, ranks)
+    start = settle_ahead(start, config.mtp, ranks, seed=config.seed)
     if scored:
         settle_padding(start.model, start.tokenizer)
     start.model.train()

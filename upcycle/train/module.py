@@ -123,6 +123,8 @@ class TrainingModule(LightningModule):
         if self.routing:
             balance = self.routing.losses(self.global_step)
             parts |= {"aux_loss": balance.aux, "z_loss": balance.z}
+            if balance.ahead:
+                parts |= dict(zip(("mtp_aux_loss", "mtp_z_loss"), balance.ahead, strict=True))
             loss = loss + balance.total
         if self.ranks.any(not torch.isfinite(loss), self.device):
             inputs, step = model_inputs(batch), self.global_step + 1

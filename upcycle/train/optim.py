@@ -59,8 +59,9 @@ def parameter_groups(
 
 
 def _kind(name: str, parameter: nn.Parameter, moe: MoeDescription | None) -> str:
-    if moe and any(name.startswith(moe.router_path(layer) + ".") for layer in moe.layers):
+    layers = (*moe.layers, *moe.ahead_layers) if moe else ()
+    if moe and any(name.startswith(moe.router_path(layer) + ".") for layer in layers):
         return "routers"
-    if moe and any(name.startswith(moe.experts_path(layer) + ".") for layer in moe.layers):
+    if moe and any(name.startswith(moe.experts_path(layer) + ".") for layer in layers):
         return "expert_biases" if name.endswith("bias") else "experts"
     return "matrices" if parameter.dim() > 1 else "vectors"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from upcycle.data.corpus import build_corpus
 from upcycle.errors import ConfigError
-from upcycle.evaluation.ahead import ahead_metrics
+from upcycle.evaluation.ahead import ahead_sums
 from upcycle.evaluation.losses import domain_losses, perplexity
 from upcycle.models.ahead import ahead_block, ahead_logits, before_head
 from upcycle.models.load import load_dense
@@ -71,15 +71,16 @@ class CausalLm:
 
     def held_out(self, model: PreTrainedModel, *, batch_size: int, samples: int | None, ranks: Ranks) -> Row:
         held_out = self._corpus.held_out
-        losses = domain_losses(model, held_out, batch_size=batch_size, windows=samples, ranks=ranks)
+        ahead = ahead_sums(model, depths=self._mtp.depths)
+        losses = domain_losses(model, held_out, batch_size=batch_size, windows=samples, ranks=ranks, ahead=ahead)
         mean = sum(loss * tokens for loss, tokens in losses.values()) / sum(tokens for _, tokens in losses.values())
         row = {self.criterion: mean, "val/perplexity": perplexity(mean)}
         for domain, (loss, _) in losses.items():
             row[f"val/{domain}/loss"] = loss
             row[f"val/{domain}/nats_per_byte"] = loss / self._corpus.bytes_per_token[domain]
-        measured = ahead_metrics(model, held_out, batch_size=batch_size, windows=samples, depths=self._mtp.depths)
-        for ahead, found in enumerate(measured, start=2):
-            row |= {f"val/mtp_{ahead}/loss": found.loss, f"val/mtp_{ahead}/accepted": found.accepted}
+        measured = ahead.measured() if ahead else []
+        for token, found in enumerate(measured, start=2):
+            row |= {f"val/mtp_{token}/loss": found.loss, f"val/mtp_{token}/accepted": found.accepted}
         if measured:
             row["val/mtp_loss"] = measured[0].loss
         return row

@@ -57,6 +57,7 @@ campaign: $(VENV)/developing ## the sweeps behind analysis/results/laptop: hours
 	  OMP_NUM_THREADS=1 $(BIN)/upcycle train -m +sweeps=$$sweep scale=laptop budget.flops=1.2e13 \
 	    output=analysis/results/laptop hydra/launcher=joblib hydra.launcher.n_jobs=2; \
 	done
+	$(BIN)/upcycle pack analysis/results/laptop
 
 install-megablocks: $(VENV)/installed ## the kernels of kernel=megablocks; without dependencies, which would replace torch
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) setuptools triton

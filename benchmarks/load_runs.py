@@ -28,7 +28,8 @@ from environment import environment
 
 from upcycle.analysis import load_runs
 from upcycle.routing.statistics import RoutingSums
-from upcycle.tracking.record import METRICS, RUN, Record
+from upcycle.tracking.packs import packs_in, run_texts
+from upcycle.tracking.record import METRICS, Record
 from upcycle.tracking.rows import COLUMNS, keep_columns
 from upcycle.train.metrics import routing_row
 
@@ -56,7 +57,7 @@ def write_runs(root: Path, given: argparse.Namespace) -> int:
 
 def upcycled_run() -> dict[str, Any]:
     """run.json of a run of the campaign that trained a MoE."""
-    contents = (json.loads(file.read_text()) for file in sorted(LAPTOP.glob(f"*/{RUN}")))
+    contents = (json.loads(text) for file in packs_in(LAPTOP) for text in run_texts(file).values())
     return next(content for content in contents if content["config"]["model"] == "upcycle")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +14,8 @@ from written import write_arms, write_run
 
 from upcycle.analysis import compare, load_runs
 from upcycle.errors import RecordError, SourceError
+from upcycle.tracking.packing import read_directory, write_pack
+from upcycle.tracking.rows import RowDecoder
 from upcycle.tracking.schema import METRICS
 
 pytest_plugins = ("text_model",)
@@ -64,6 +67,25 @@ def test_what_lies_in_a_run_belongs_to_it(tmp_path: Path) -> None:
     (run / "model" / "inner").mkdir(parents=True)
     (run / "model" / "inner" / "run.json").write_text("{}")
     assert len(load_runs(tmp_path)) == 2
+
+
+def test_packs_at_any_place(tmp_path: Path) -> None:
+    """Below it, as a run of its own, beside runs that have directories; those win, and come in the order of names."""
+    runs = [write_run(tmp_path / "deep/sweep" / name, (4.0, end)) for name, end in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
+    before = load_runs(tmp_path)
+    packed = {run.name: read_directory(run, RowDecoder()) for run in runs}
+    write_pack(tmp_path / "deep/sweep/egt.runs.parquet", {name: run for name, run in packed.items() if run})
+    shutil.rmtree(runs[1])
+    pd.testing.assert_frame_equal(load_runs(tmp_path, runs[1], tmp_path / "deep"), before)
+    shutil.rmtree(runs[0])
+    write_run(runs[0], (4.0, 9.0))
+    assert load_runs(tmp_path)["val/loss"].tolist() == [4.0, 9.0, 4.0, 2.0, 4.0, 3.0]
+    assert load_runs(runs[1])["run"].astype(str).tolist() == [str(runs[1])] * 2
+    with pytest.raises(RecordError, match="no such directory"):
+        load_runs(tmp_path / "deep/sweep/d")
+    (tmp_path / "deep/sweep/egt.runs.parquet").write_bytes(b"")
+    with pytest.raises(RecordError, match=r"a pack of runs cannot be read"):
+        load_runs(tmp_path)
 
 
 def test_trained_arms(text: Path, text_model: Path, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -14,11 +16,11 @@ from upcycle.analysis import compare, draw_comparison, draw_curves, draw_frontie
 from upcycle.analysis.prose import NOT_RUN, answer, introduction, judgement, table
 from upcycle.analysis.questions import Claim, judge, load_sweep
 from upcycle.errors import RecordError, SourceError
+from upcycle.sweep.config import PackConfig
+from upcycle.sweep.pack import pack
 from upcycle.tracking.status import NOT_STARTED
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from upcycle.analysis.questions import Expected, Sweep
 
 BASELINE, HALF, FIRST = "baseline", "layers=every_2", "layers=[0]"
@@ -62,6 +64,17 @@ def test_what_is_missing_is_named(layers: Sweep, directory: Path, tmp_path: Path
     assert started.runs.empty
     assert set(started.missing["status"]) == {NOT_STARTED}
     assert "`baseline` (seed 0, 1, 2 not started), `layers=every_2`" in introduction(started)
+
+
+def test_packed_runs_are_the_same(layers: Sweep, directory: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(directory, tmp_path / "runs"))
+    pack(PackConfig(runs=str(place), name="layers"))
+    assert not (place / "layers-0-0").exists()
+    packed = load_sweep(place, "layers")
+    pd.testing.assert_frame_equal(packed.missing, layers.missing)
+    pd.testing.assert_frame_equal(packed.runs.drop(columns="run"), layers.runs.drop(columns="run"))
+    assert list(packed.records.values()) == list(layers.records.values())
+    assert set(packed.records) == {str(place / Path(run).name) for run in layers.records}
 
 
 def test_damaged_records_are_named(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ DEFAULTS = {
     "plan-sweep": "architecture: null",
     "dashboard": "push: false",
     "report": "baseline: null",
+    "pack": "name: null",
     "sync": "project: null",
     "export": "checkpoint: last",
 }

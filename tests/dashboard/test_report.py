@@ -21,6 +21,8 @@ from upcycle.dashboard.page import write_report
 from upcycle.dashboard.panels import SECTIONS
 from upcycle.dashboard.records import read_place
 from upcycle.errors import ConfigError, MissingPackageError, OutputError, RecordError
+from upcycle.sweep.config import PackConfig
+from upcycle.sweep.pack import pack
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -118,6 +120,17 @@ def test_hostile_text_is_text(place: Path) -> None:
 def test_the_same_records_make_the_same_page(finished: tuple[Path, str]) -> None:
     place, page = finished
     assert report(place) == page
+
+
+def test_packed_runs_make_the_same_page(place: Path) -> None:
+    """Finished ones in a pack, a failed one as a directory."""
+    change(place / "copies-1-2", status="failed", error="inf")
+    page, named = report(place), report(place, arms="model")
+    assert "11 of 12 runs finished" in words(page)
+    pack(PackConfig(runs=str(place), name=None))
+    assert [path.name for path in place.iterdir() if path.is_dir()] == ["copies-1-2"]
+    assert report(place) == page
+    assert report(place, arms="model") == named
 
 
 def test_a_sweep_half_done(place: Path) -> None:

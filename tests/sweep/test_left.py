@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
+from upcycle.errors import RecordError
 from upcycle.sweep.check import Estimate
 from upcycle.sweep.config import SweepConfig
 from upcycle.sweep.expand import Arm
 from upcycle.sweep.plan import Job, SweepPlan
 from upcycle.sweep.render import plan_table
+from upcycle.tracking.packing import write_pack
+from upcycle.tracking.packs import PackedRun
+from upcycle.tracking.rows import RowDecoder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,6 +66,16 @@ def test_only_what_is_left_counts(plan: SweepPlan) -> None:
     assert plan.flops(plan.left) == 10 * (2 * LARGE + SMALL)
     assert plan.seconds(plan.left) == plan.flops(plan.left) / RATE
     assert plan.flops(plan.jobs) == 20 * (LARGE + SMALL)
+
+
+def test_a_packed_run_has_finished_unless_its_directory_says_otherwise(plan: SweepPlan, tmp_path: Path) -> None:
+    rows = RowDecoder().decode("run", b'{"step": 0, "time": "2026-01-01T00:00:00+00:00"}\n')
+    packed = PackedRun(text='{"status": "finished"}', columns=rows)
+    write_pack(tmp_path / "mine.runs.parquet", {"large-0": packed, "large-1": packed})
+    assert [job.directory.name for job in plan.left] == ["large-0", "small-1"]
+    (tmp_path / "mine.runs.parquet").write_bytes(b"PAR1")
+    with pytest.raises(RecordError, match="a pack of runs cannot be read"):
+        _ = plan.left
 
 
 @pytest.mark.parametrize(("free", "conflict"), [(2 * LARGE - 3000, False), (2 * LARGE - 3001, True)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -73,6 +74,14 @@ def test_a_shipped_sweep_runs_and_is_not_run_again(
     assert again.out == first.out
     assert "3 finished" in again.err
     assert {run: (run / "run.json").stat().st_mtime_ns for run in runs.values()} == before
+    packed = upcycle("pack", tmp_path / "runs")
+    assert f"kept    {runs['baseline']}: it holds checkpoints, model besides the record" in packed.out
+    for run in runs.values():
+        shutil.rmtree(run)
+    from_pack = upcycle(*given)
+    assert (from_pack.status, from_pack.out) == (0, first.out)
+    assert "3 finished" in from_pack.err
+    assert not any(run.exists() for run in runs.values())
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from upcycle.analysis.outcomes import SEED
 from upcycle.analysis.runs import FACTS, load_runs
 from upcycle.errors import RecordError, near_misses
 from upcycle.options.arguments import CONF
-from upcycle.sweep.index import read_index
-from upcycle.tracking.record import RUN, read_run
+from upcycle.sweep.index import check_output, read_index
+from upcycle.tracking.packs import find_run
 from upcycle.tracking.schema import METRICS
 from upcycle.tracking.status import FINISHED, NOT_STARTED
 
@@ -148,7 +148,8 @@ def load_sweep(directory: str | Path, name: str) -> Sweep:
     place = Path(directory).expanduser()
     content = _content(place, name)
     index: dict[str, dict[str, Any]] = content.get("runs", {})
-    records = {run: read_run(place / run) for run in index if (place / run / RUN).exists()}
+    found = {run: find_run(place / run) for run in index}
+    records = {run: content for run, content in found.items() if content is not None}
     finished = {run: record for run, record in records.items() if record.get("status") == FINISHED}
     missing = [
         {"arm": each["arm"], SEED: each[SEED], "status": records.get(run, {}).get("status", NOT_STARTED)}
@@ -167,8 +168,7 @@ def load_sweep(directory: str | Path, name: str) -> Sweep:
 
 def _content(place: Path, name: str) -> dict[str, Any]:
     """The sweep's index, or its file where it was not started yet."""
-    if not place.is_dir():
-        raise RecordError("there is no such directory", found=place, expected="the output of a sweep")
+    check_output(place)
     index, file = read_index(place, name), _SHIPPED / f"{name}.yaml"
     if index:
         return index

@@ -31,7 +31,7 @@ FACTS = ("status", "git_commit", "git_dirty", "data_hash", "order_hash", "steps"
 
 
 def load_runs(*places: str | Path) -> pd.DataFrame:
-    """The records of all runs at some places: local run directories, W&B offline directories, and a W&B server.
+    """The records of all runs at some places: run directories, packs, W&B offline directories, and a W&B server.
 
     One row per run and step at which anything was logged. Columns:
 
@@ -51,8 +51,8 @@ def load_runs(*places: str | Path) -> pd.DataFrame:
         The frame, by run and step.
 
     Raises:
-        RecordError: no runs, a run of another project or version of the schema, a damaged row, a server that does not
-            answer.
+        RecordError: no runs, a run of another project or version of the schema, a damaged row or pack, a server that
+            does not answer.
         SourceError: a run.json is damaged.
     """
     decoder, logged = RowDecoder(), []

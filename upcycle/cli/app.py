@@ -41,6 +41,7 @@ from upcycle.options.arguments import (
     without_multirun,
 )
 from upcycle.parallel import config as planning
+from upcycle.sweep import config as sweeping
 from upcycle.tracking import config as tracking
 from upcycle.train import config as training
 
@@ -120,6 +121,13 @@ COMMANDS = {
         options=reporting.ReportConfig,
         function="upcycle.cli.commands:report",
         paths=("runs", "output"),
+        positional="runs",
+    ),
+    "pack": Command(
+        summary="the finished runs of sweeps as one file a sweep, instead of a directory a run",
+        options=sweeping.PackConfig,
+        function="upcycle.cli.commands:pack",
+        paths=("runs",),
         positional="runs",
     ),
     "sync": Command(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from upcycle.options.config import ConvertConfig
     from upcycle.parallel.config import PlanConfig
     from upcycle.parallel.sizes import ModelSizes
+    from upcycle.sweep.config import PackConfig
     from upcycle.tracking.config import SyncConfig
     from upcycle.train.config import ExportConfig, TrainConfig
     from upcycle.train.prepared import Run
@@ -152,6 +153,18 @@ def train(config: TrainConfig) -> int:
     atexit.register(leave_ranks)  # a multirun trains on in the same group
     if finished.ranks.main:
         Console().print(summary(finished))
+    return 0
+
+
+def pack(config: PackConfig) -> int:
+    """`upcycle pack`: print what the packs hold, and which directories are still there."""
+    from upcycle.sweep.pack import pack as run
+
+    packing = run(config)
+    for file, (count, new) in packing.packs.items():
+        print(f"packed  {file}: {count} runs, {new} of them new")
+    for directory, reason in packing.kept.items():
+        print(f"kept    {directory}: {reason}")
     return 0
 
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from upcycle.analysis.outcomes import measured
 from upcycle.analysis.records import read_records
 from upcycle.analysis.runs import load_runs
-from upcycle.errors import ConfigError, RecordError, near_misses
-from upcycle.sweep.index import read_index, read_indexes
+from upcycle.errors import ConfigError, RecordError
+from upcycle.sweep.index import need_index, read_indexes
 from upcycle.sweep.job import ERROR_LINES, last_lines
-from upcycle.tracking.record import METRICS, RUN, read_run
+from upcycle.tracking.packs import find_run, pack_of
+from upcycle.tracking.record import METRICS
 from upcycle.tracking.status import FAILED
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def read_place(place: Path, *, name: str | None, arms: str | Sequence[str] | Non
             remedy="add arms=moe.top_k, or whichever option the runs differ in",
         )
     named = index["runs"] if index else {}
-    places = [place / run for run in named if (place / run / METRICS).exists()] if index else [place]
+    places = [place / run for run in named if _logged(place / run)] if index else [place]
     if not places:
         raise RecordError("no run of the sweep has logged anything yet", found=place)
     rows = load_runs(*places)
@@ -110,15 +111,17 @@ def read_place(place: Path, *, name: str | None, arms: str | Sequence[str] | Non
 
 def _index(place: Path, name: str | None) -> dict[str, Any] | None:
     """What a sweep wrote about itself; None where there is none and none was asked for."""
-    index = read_index(place, name) if name is not None else None
-    if index:
-        return index
-    found = read_indexes(place)
     if name is not None:
-        raise RecordError("unknown sweep", found=name, remedy=near_misses(name, found) if found else None)
+        return need_index(place, name)
+    found = read_indexes(place)
     if len(found) > 1:
         raise RecordError("several sweeps are there", found=", ".join(found), expected="one", remedy="add name=NAME")
     return next(iter(found.values()), None)
+
+
+def _logged(run: Path) -> bool:
+    """Whether there are rows of a run, in its directory or in a pack."""
+    return (run / METRICS).exists() or pack_of(run) is not None
 
 
 def _of_index(place: Path, named: Mapping[str, Any], rows: pd.DataFrame) -> list[RunFacts]:
@@ -126,8 +129,7 @@ def _of_index(place: Path, named: Mapping[str, Any], rows: pd.DataFrame) -> list
     runs = []
     for directory, entry in named.items():
         run = place / directory
-        begun = (run / RUN).exists()
-        runs.append(_facts(str(run), arms.get(str(run), entry["arm"]), entry["seed"], read_run(run) if begun else {}))
+        runs.append(_facts(str(run), arms.get(str(run), entry["arm"]), entry["seed"], find_run(run) or {}))
     return runs
 
 

@@ -1,4 +1,7 @@
-"""Options `sweep.*`: the question that a file of `sweeps/` asks, and how its runs are made. Knows no torch."""
+"""Options `sweep.*`, the question that a file of `sweeps/` asks and how its runs are made; and of `upcycle pack`.
+
+Knows no torch.
+"""
 
 from __future__ import annotations
 
@@ -42,3 +45,18 @@ class SweepConfig:
     seeds: list[int]
     retries: int
     flops_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """`upcycle pack`.
+
+    Attributes:
+        runs: the output of sweeps.
+        name: of one of them; null packs all.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
+
+    runs: str
+    name: str | None

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from upcycle.errors import RecordError
+from upcycle.errors import RecordError, near_misses
 from upcycle.files.durable import locked, write_text
 from upcycle.files.json import NotJsonError, parse_json
 
@@ -54,10 +54,29 @@ def read_index(output: Path, name: str) -> dict[str, Any] | None:
     return index
 
 
+def need_index(output: Path, name: str) -> dict[str, Any]:
+    """The index of a sweep.
+
+    Raises:
+        RecordError: it was not started in that directory, or the index is damaged.
+    """
+    index = read_index(output, name)
+    if index is None:
+        known = read_indexes(output)
+        raise RecordError("unknown sweep", found=name, remedy=near_misses(name, known) if known else None)
+    return index
+
+
 def read_indexes(output: Path) -> dict[str, dict[str, Any]]:
     """The indexes of all sweeps that were started in a directory, by the sweeps' names; other files are none."""
     contents = [_index(file) for file in sorted(output.glob("*.json"))]
     return {each["sweep"]: each for each in contents if each}
+
+
+def check_output(output: Path) -> None:
+    """Raise RecordError if there is no such directory."""
+    if not output.is_dir():
+        raise RecordError("there is no such directory", found=output, expected="the output of a sweep")
 
 
 def _index(file: Path) -> dict[str, Any] | None:

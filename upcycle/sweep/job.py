@@ -10,9 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from upcycle.errors import SourceError, TrainingError
 from upcycle.files.durable import flock
@@ -20,11 +20,13 @@ from upcycle.models.source import expanded
 from upcycle.options.arguments import typed_options
 from upcycle.sweep.requeue import Requeue
 from upcycle.sweep.team import Team, submitted
-from upcycle.tracking.record import RUN, read_run
+from upcycle.tracking.packs import find_run
+from upcycle.tracking.record import RUN
 from upcycle.tracking.status import FINISHED, INTERRUPTED
 from upcycle.train.config import TrainConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from omegaconf import DictConfig
@@ -33,12 +35,20 @@ ERROR_LINES = 5
 WORKER = (sys.executable, "-P", "-m", "upcycle.sweep.worker")
 
 
+def content_of(run: Path) -> Mapping[str, Any]:
+    """What run.json says, in the run's directory or in a pack; empty if there is none, or one that cannot be read.
+
+    Raises:
+        RecordError: a pack cannot be read.
+    """
+    with suppress(SourceError):
+        return find_run(run) or {}
+    return {}
+
+
 def status_of(run: Path) -> str | None:
-    """What run.json says; None if there is none, one that cannot be read, or one without a status."""
-    try:
-        status: str | None = read_run(run).get("status")
-    except SourceError:
-        return None
+    """The status that run.json says; None if there is none. Raises as `content_of`."""
+    status: str | None = content_of(run).get("status")
     return status
 
 

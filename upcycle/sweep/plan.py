@@ -75,7 +75,7 @@ class SweepPlan:
 
     @property
     def left(self) -> tuple[Job, ...]:
-        """The runs that have not finished, as their directories say now."""
+        """The runs that have not finished, as their directories or packs say now."""
         return tuple(job for job in self.jobs if status_of(job.directory) != FINISHED)
 
     def flops(self, jobs: Iterable[Job]) -> int:

@@ -20,9 +20,8 @@ from upcycle.errors import ConfigError
 from upcycle.options.arguments import quoted
 from upcycle.sweep.expand import literal
 from upcycle.sweep.index import write_index
-from upcycle.sweep.job import last_lines, run_job, status_of
+from upcycle.sweep.job import content_of, last_lines, run_job
 from upcycle.sweep.plan import COMMAND
-from upcycle.tracking.record import read_run
 from upcycle.tracking.status import FINISHED
 from upcycle.tracking.tags import sweep_tags
 
@@ -107,7 +106,7 @@ def run_sweep(plan: SweepPlan, *, output: Path, overrides: Sequence[str], launch
 
 
 def endings(plan: SweepPlan) -> tuple[Ending, ...]:
-    """How the runs of a sweep ended, as their directories say."""
+    """How the runs of a sweep ended, as their directories or packs say."""
     return tuple(_ending(job, plan.sweep.metric) for job in plan.jobs)
 
 
@@ -142,8 +141,8 @@ def _ending_on_sigterm() -> Iterator[None]:
 
 
 def _ending(job: Job, metric: str) -> Ending:
-    status, value = status_of(job.directory), None
+    content = content_of(job.directory)
+    status = content.get("status")
     if status == FINISHED:
-        value = read_run(job.directory)["summary"].get(metric)
-    error = () if status == FINISHED else last_lines(job.directory)
-    return Ending(job=job, status=status, value=value, error=error)
+        return Ending(job=job, status=status, value=content["summary"].get(metric), error=())
+    return Ending(job=job, status=status, value=None, error=last_lines(job.directory))

@@ -147,12 +147,22 @@ def read_run(directory: Path) -> dict[str, Any]:
     Raises:
         SourceError: it is missing or damaged.
     """
+    content = look_for_run(directory)
+    if content is None:
+        raise SourceError("there is no run", found=directory, expected="a directory that upcycle train wrote")
+    return content
+
+
+def look_for_run(directory: Path) -> dict[str, Any] | None:
+    """The content of run.json; None where there is none.
+
+    Raises:
+        SourceError: it is damaged.
+    """
     try:
         content = read_object(directory / RUN, remedy="delete the run's directory, and train it again")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise SourceError(
-            "there is no run", found=directory, expected="a directory that upcycle train wrote"
-        ) from error
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     return dict(in_todays_words(content))
 
 

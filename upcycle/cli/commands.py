@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from upcycle.convert.prepare import Conversion
     from upcycle.dashboard.config import ReportConfig
     from upcycle.evaluation.config import EvaluateConfig
+    from upcycle.models.moe import MoeDescription
     from upcycle.options.config import ConvertConfig
     from upcycle.parallel.config import PlanConfig
     from upcycle.parallel.sizes import ModelSizes
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
     from upcycle.tracking.config import SyncConfig
     from upcycle.train.config import ExportConfig, TrainConfig
     from upcycle.train.prepared import Run
+
+    # What a plan says, as data and for people; the sizes of its model; and its configuration and shape.
+    Described = tuple[
+        dict[str, Any], RenderableType, Callable[[], ModelSizes], Callable[[], tuple[Any, MoeDescription]]
+    ]
 
 FORMATS = ("table", "json")
 
@@ -45,35 +51,51 @@ def plan(config: PlanConfig) -> int:
     from upcycle.models.moe import is_mixture
     from upcycle.parallel.planning import plan_training, planned_json
     from upcycle.parallel.render import planned_table
+    from upcycle.precision.config import BFLOAT16, FLOAT32
 
     _check_format(config.format)
-    data, table, sizes = _mixture(config.source) if is_mixture(config.source) else _conversion(config)
+    data, table, sizes, model = _mixture(config.source) if is_mixture(config.source) else _conversion(config)
+    tables = [table]
+    if config.precision not in (FLOAT32, BFLOAT16):
+        more, shown = _precision(config, *model())
+        data, tables = {**data, "precision": more}, [table, shown]
     if config.parallel is None:
-        _print(config.format, data, table)
+        _print(config.format, data, Group(*tables))
         return 0
     planned = plan_training(config, sizes())
-    _print(config.format, {**data, "training": planned_json(planned)}, Group(table, planned_table(planned)))
+    _print(config.format, {**data, "training": planned_json(planned)}, Group(*tables, planned_table(planned)))
     return 0 if planned.fits else 1
 
 
-def _conversion(config: PlanConfig) -> tuple[dict[str, Any], RenderableType, Callable[[], ModelSizes]]:
+def _precision(config: PlanConfig, model: Any, moe: MoeDescription) -> tuple[dict[str, Any], RenderableType]:
+    from upcycle.precision.planning import plan_precision
+    from upcycle.precision.render import precision_json, precision_table
+
+    tokens = config.workload.micro * config.workload.sequence_length
+    planned = plan_precision(model, moe, config.precision, config.quantise, tokens=tokens)
+    return precision_json(planned), precision_table(planned)
+
+
+def _conversion(config: PlanConfig) -> Described:
     from upcycle.convert.prepare import prepare
     from upcycle.convert.render import plan_json, plan_table
+    from upcycle.models.moe import planned_model
     from upcycle.parallel.sizes import conversion_sizes
 
     conversion = prepare(config, execute=False)
-    return plan_json(conversion), plan_table(conversion), partial(conversion_sizes, conversion)
+    sizes, model = partial(conversion_sizes, conversion), partial(planned_model, conversion.plan)
+    return plan_json(conversion), plan_table(conversion), sizes, model
 
 
-def _mixture(source: str) -> tuple[dict[str, Any], RenderableType, Callable[[], ModelSizes]]:
+def _mixture(source: str) -> Described:
     from upcycle.models.config import load_config
     from upcycle.models.moe import describe_moe
     from upcycle.parallel.sizes import checkpoint_sizes
     from upcycle.verify.inspection import inspect, inspection_table
 
     directory, found = Path(source).expanduser(), inspect(InspectConfig(path=source, format="json"))
-    sizes = partial(checkpoint_sizes, load_config(directory), describe_moe(directory))
-    return found, inspection_table(found), sizes
+    model = load_config(directory), describe_moe(directory)
+    return found, inspection_table(found), partial(checkpoint_sizes, *model), lambda: model
 
 
 def convert(config: ConvertConfig) -> int:

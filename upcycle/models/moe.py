@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from upcycle.arch.family import Family
     from upcycle.arch.target import Target
+    from upcycle.plan.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +144,15 @@ def describe_moe(directory: Path) -> MoeDescription:
             expected=", ".join(TARGETS),
         )
     return describe_config(target, load_config(directory), read_manifest(directory))
+
+
+def planned_model(plan: Plan) -> tuple[Any, MoeDescription]:
+    """The transformers configuration of what a plan would write, and its shape."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**plan.config)
+    made = {"moe": {"granularity": plan.moe.granularity, "groups": plan.moe.groups}}
+    return config, describe_config(TARGETS[plan.target], config, made)
 
 
 def target_of(fields: Mapping[str, Any]) -> Target | None:

@@ -9,6 +9,7 @@ from pydantic import Discriminator, Tag
 
 from upcycle.options.config import STRICT, ConversionConfig
 from upcycle.parallel.gpu import Gpu, GpuFile
+from upcycle.precision.config import QuantiseConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,8 @@ class PlanConfig(ConversionConfig):
         nodes: of `gpu.gpus_per_node` GPUs.
         search: rank the layouts that fit, trying every degree of `parallel` that is null.
         workload: the training step.
+        precision: plan what this recipe of low precision would apply to; float32 and bfloat16 are none.
+        quantise: its options.
     """
 
     format: str
@@ -111,3 +114,5 @@ class PlanConfig(ConversionConfig):
     nodes: int
     search: bool
     workload: WorkloadConfig
+    precision: str = "bfloat16"
+    quantise: QuantiseConfig = QuantiseConfig()

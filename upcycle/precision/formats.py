@@ -17,6 +17,7 @@ class Format:
 
     Attributes:
         name: as the field says it.
+        bits: of a number.
         mantissa: bits after the leading one.
         least_exponent: of the normal numbers; below it lie the subnormal ones, equally far from each other.
         largest: finite number.
@@ -24,6 +25,7 @@ class Format:
     """
 
     name: str
+    bits: int
     mantissa: int
     least_exponent: int
     largest: float
@@ -31,11 +33,11 @@ class Format:
 
 
 BF16 = Format(
-    name="BF16", mantissa=7, least_exponent=-126, largest=torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16
+    name="BF16", bits=16, mantissa=7, least_exponent=-126, largest=torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16
 )
-E4M3 = Format(name="E4M3", mantissa=3, least_exponent=-6, largest=448.0, dtype=torch.float8_e4m3fn)
-E5M2 = Format(name="E5M2", mantissa=2, least_exponent=-14, largest=57344.0, dtype=torch.float8_e5m2)
-E2M1 = Format(name="E2M1", mantissa=1, least_exponent=0, largest=6.0)
+E4M3 = Format(name="E4M3", bits=8, mantissa=3, least_exponent=-6, largest=448.0, dtype=torch.float8_e4m3fn)
+E5M2 = Format(name="E5M2", bits=8, mantissa=2, least_exponent=-14, largest=57344.0, dtype=torch.float8_e5m2)
+E2M1 = Format(name="E2M1", bits=4, mantissa=1, least_exponent=0, largest=6.0)
 
 
 def nearest(x: Tensor, format: Format) -> Tensor:

@@ -85,8 +85,26 @@ def install_precision(
     """
     if precision in (FLOAT32, BFLOAT16):
         return None
-    recipe = switched(RECIPES[precision], options)
-    every = list(matrices(model, moe))
+    recipe, every = switched(RECIPES[precision], options), list(matrices(model, moe))
+    chosen = in_low_precision(every, model, recipe, options)
+    emulation = Emulation(seed)
+    for each in chosen:
+        _install(each, Site(name=each.name, recipe=recipe, emulation=emulation))
+    _log.info(
+        "precision %s, emulated: %d of %d matrices or layers of experts (%s)",
+        *(precision, len(chosen), len(every), ", ".join(dict.fromkeys(each.site for each in chosen))),
+    )
+    return emulation
+
+
+def in_low_precision(
+    every: list[Matrices], model: PreTrainedModel, recipe: Recipe, options: QuantiseConfig
+) -> list[Matrices]:
+    """Those of a model's matrices that a recipe applies to.
+
+    Raises:
+        ConfigError: there are none, or the recipe cannot divide the widths of one.
+    """
     chosen = [each for each in every if each.site in options.sites and not _kept(each, model, options)]
     if not chosen:
         found = ", ".join(dict.fromkeys(each.site for each in every))
@@ -95,15 +113,9 @@ def install_precision(
             found=f"quantise.sites={list(options.sites)}, first={options.first:g}, last={options.last:g}",
             expected=f"some of what the model has: {found}",
         )
-    emulation = Emulation(seed)
     for each in chosen:
         _check_widths(each, recipe)
-        _install(each, Site(name=each.name, recipe=recipe, emulation=emulation))
-    _log.info(
-        "precision %s, emulated: %d of %d matrices or layers of experts (%s)",
-        *(precision, len(chosen), len(every), ", ".join(dict.fromkeys(each.site for each in chosen))),
-    )
-    return emulation
+    return chosen
 
 
 def _check(options: QuantiseConfig) -> None:

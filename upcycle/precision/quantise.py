@@ -41,7 +41,14 @@ class Scaling:
     block: tuple[int, int] = (ALL, ALL)
     scale: ScaleKind
 
+    @property
+    def bytes_per_number(self) -> float:
+        """With its scales, of which kernels keep one for each line of a block; one for the matrix counts nothing."""
+        columns = self.block[1]
+        return self.format.bits / 8 + (0 if columns == ALL else SCALE_BYTES[self.scale] / columns)
 
+
+SCALE_BYTES = {"none": 0, "float32": 4, "power_of_two": 4, "e8m0": 1, "e4m3": 1}
 PLAIN_BF16 = Scaling(format=BF16, scale="none")
 
 

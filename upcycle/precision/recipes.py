@@ -24,6 +24,7 @@ class Recipe:
         hadamard: both operands of dW are rotated over 16 tokens each before they are written.
         alignment: what both widths of a matrix have to be multiples of, for TransformerEngine's kernels; a block may
             be wider than what is left.
+        tokens: what the tokens of each expert are padded to multiples of (Megatron-Core).
         capability: of the CUDA devices that compute it in hardware, at least.
         source: where it is from.
     """
@@ -35,6 +36,7 @@ class Recipe:
     stochastic: bool = False
     hadamard: bool = False
     alignment: int = 16
+    tokens: int = 16
     capability: tuple[int, int]
     source: str
 
@@ -51,6 +53,7 @@ RECIPES: dict[str, Recipe] = {
             weight=PLAIN_BF16,
             gradient=PLAIN_BF16,
             alignment=1,
+            tokens=1,
             capability=(8, 0),
             source="operands in bfloat16, sums in float32",
         ),
@@ -84,6 +87,7 @@ RECIPES: dict[str, Recipe] = {
             weight=MX,
             gradient=MX,
             alignment=32,
+            tokens=32,
             capability=(10, 0),
             source="TransformerEngine's MXFP8BlockScaling (arXiv 2310.10537)",
         ),
@@ -94,6 +98,7 @@ RECIPES: dict[str, Recipe] = {
             gradient=NVFP4,
             stochastic=True,
             hadamard=True,
+            tokens=128,
             capability=(10, 0),
             source="TransformerEngine's NVFP4BlockScaling (arXiv 2509.25149); Nemotron 3 Super",
         ),

@@ -43,7 +43,7 @@ class Matrices:
 def matrices(model: PreTrainedModel, moe: MoeDescription | None) -> Iterator[Matrices]:
     """Everything in the layers that could be multiplied in low precision, in their order.
 
-    Routers, gates of shared experts, latent projections, norms, convolutions, embeddings, heads and layers for
+    Routers, gates of shared experts, shared experts that are there for their type alone, latent projections, norms, convolutions, embeddings, heads and layers for
     multi-token prediction are never among them.
 
     Args:
@@ -75,7 +75,8 @@ def matrices(model: PreTrainedModel, moe: MoeDescription | None) -> Iterator[Mat
         if moe and layer in moe.layers:
             path = moe.experts_path(layer)
             yield Matrices(name=path, module=model.get_submodule(path), layer=layer, site="experts")
-            shared = moe.target.layout.shared.values()
+            layout = moe.target.layout
+            shared = layout.shared.values() if moe.shared_width > (layout.shared_least or 0) else ()
             named = {each.format(ffn=moe.ffn).removesuffix(".weight"): "shared" for each in shared}
             within = tuple(each.removeprefix(start) for each in moe.block_paths(layer))
         elif family is None or family.kinds[kind].ffn:

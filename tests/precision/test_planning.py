@@ -80,7 +80,7 @@ def test_the_command(wide: Path, upcycle: Callable[..., Outcome]) -> None:
     found: dict[str, Any] = json.loads(upcycle(*given, "precision=mxfp8", "format=json").out)["precision"]
     assert found["operands"] == {"x": "E4M3 1x32", "W": "E4M3 1x32", "dy": "E4M3 1x32"}
     assert [each["sites"]["experts"] for each in found["layers"]] == [True] * 4
-    upcycle(*given, "precision=fp9").refused("unknown precision", remedy="nvfp4")
+    upcycle(*given, "precision=fp9").refused("unknown precision", "nvfp4")
     upcycle(*given[:2], "moe.granularity=8", "precision=mxfp8").refused(
         "is not a multiple of 32", remedy="moe.granularity"
     )

@@ -43,8 +43,8 @@ class Matrices:
 def matrices(model: PreTrainedModel, moe: MoeDescription | None) -> Iterator[Matrices]:
     """Everything in the layers that could be multiplied in low precision, in their order.
 
-    Routers, gates of shared experts, shared experts that are there for their type alone, latent projections, norms, convolutions, embeddings, heads and layers for
-    multi-token prediction are never among them.
+    Routers, gates of shared experts, shared experts that are there for their type alone, latent projections, norms,
+    convolutions, embeddings, heads and layers for multi-token prediction are never among them.
 
     Args:
         model: of a family or type that upcycle knows.

@@ -139,7 +139,8 @@ judgement(
 # %% [markdown]
 # ## Shapes
 #
-# The sweep `egt`, whose records are of experts chosen one by one:
+# The sweep `egt`: experts chosen one by one, whose groups come apart in some ten steps, and again with one of each
+# shard position ("positions"). With g = 1 there is no difference.
 
 # %%
 names = {f"expansion={e} granularity={g} top_k={t}": f"E{e}G{g}T{t}" for e, g, t in SHAPES}
@@ -149,7 +150,8 @@ introduction(egt)
 # %% [markdown]
 # ## Expansion
 #
-# The number of whole FFNs, one active, at the dense model's FLOPs a token; first whole experts, then quarters:
+# The number of whole FFNs, one active, at the dense model's FLOPs a token; first whole experts, then quarters, chosen
+# one by one and by position:
 
 # %%
 expansion = egt.only("E2G1T1", "E4G1T1", "E8G1T1", "E16G1T1", "E32G1T1")
@@ -165,10 +167,17 @@ draw_curves(quarters.runs, arms="arm")
 # %%
 answer(quarters.compare("E8G4T4"))
 
+# %%
+held = egt.only("E4G4T4 positions", "E8G4T4 positions", "E16G4T4 positions")
+draw_curves(held.runs, arms="arm")
+
+# %%
+answer(held.compare("E8G4T4 positions"))
+
 # %% [markdown]
 # ## Granularity
 #
-# The same width in total and active, cut finer:
+# The same width in total and active, cut finer; one by one, then by position:
 
 # %%
 granularity = egt.only("E8G1T1", "E8G2T2", "E8G4T4", "E8G8T8")
@@ -176,6 +185,13 @@ draw_curves(granularity.runs, arms="arm")
 
 # %%
 answer(granularity.compare("E8G1T1"))
+
+# %%
+held = egt.only("E8G1T1", "E8G2T2 positions", "E8G4T4 positions", "E8G8T8 positions")
+draw_curves(held.runs, arms="arm")
+
+# %%
+answer(held.compare("E8G1T1"))
 
 # %% [markdown]
 # ## Top-k
@@ -187,6 +203,9 @@ draw_curves(egt.only("E8G1T1", "E8G1T2", "E8G4T4", "E8G4T8").runs, arms="arm")
 
 # %%
 answer(egt.only("E8G4T4", "E8G4T8").compare("E8G4T4"))
+
+# %%
+answer(egt.only("E8G4T4 positions", "E8G4T8 positions").compare("E8G4T4 positions"))
 
 # %% [markdown]
 # ## All shapes
@@ -215,17 +234,42 @@ judgement(
             ),
             Claim(
                 source=NEMOTRON,
-                says="64 experts, finer ones, are better than 8 at equal FLOPs",
+                says="64 experts, finer ones, are better than 8 at equal FLOPs (here one by one)",
                 arm="E8G8T8",
                 baseline="E8G1T1",
                 expected="lower",
             ),
             Claim(
+                source=NEMOTRON,
+                says="64 experts, finer ones, are better than 8 at equal FLOPs (here by position)",
+                arm="E8G8T8 positions",
+                baseline="E8G1T1",
+                expected="lower",
+            ),
+            Claim(
                 source="this sweep's hypothesis",
-                says="finer experts need a larger budget than this one",
+                says="finer experts need a larger budget than this one (one by one)",
                 arm="E8G8T8",
                 baseline="E8G1T1",
                 expected="higher",
+            ),
+            Claim(
+                source="this sweep's hypothesis",
+                says="finer experts need a larger budget than this one (by position)",
+                arm="E8G8T8 positions",
+                baseline="E8G1T1",
+                expected="higher",
+            ),
+            *(
+                Claim(
+                    source="the sweep `groups`",
+                    says=f"{shape} ends lower by position than one by one",
+                    arm=f"{shape} positions",
+                    baseline=shape,
+                    expected="lower",
+                )
+                for shape in names.values()
+                if "G1T" not in shape
             ),
             Claim(
                 source="this sweep's hypothesis",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from omegaconf import OmegaConf
 from smoke_runs import run_sweep
 from written_sweeps import write_sweep
 
@@ -32,7 +33,7 @@ SWEEPS = {name: re.findall(r'load_sweep\(RECORDS, "(\w+)"\)', text) for name, te
 OF_SWEEPS = sorted(name for name, sweeps in SWEEPS.items() if sweeps)
 LARGEST = 500_000  # bytes of a rendered notebook
 QUICK = "initialization_and_scaling"
-RUN = ("layers", "balance_statistics", "egt", "budget", "recipe_confirmed")  # for real; at least one of each notebook
+RUN = ("layers", "balance_statistics", "budget", "recipe_confirmed", "mtp")  # for real; at least one of each notebook
 
 
 def ending(arm: str, seed: int) -> float:
@@ -50,13 +51,18 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def source_of(sweep: str) -> str:
+    """The shipped model that it is about."""
+    return str(OmegaConf.load(ROOT / f"sweeps/{sweep}.yaml").get("source", "models/stdlib-250k"))
+
+
 @pytest.fixture(scope="session")
 def smoke(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Records of real runs at scale=smoke, of some sweeps; the others were not run."""
     output = tmp_path_factory.mktemp("smoke")
     data = ["data=text", f"data.files='{text}/*.txt'", "data.held_out=2"]
     for name in RUN:
-        run_sweep(name, output, [*data, f"source={ROOT / 'models/stdlib-250k'}", "sweep.seeds=[0,1]"])
+        run_sweep(name, output, [*data, f"source={ROOT / source_of(name)}", "sweep.seeds=[0,1]"])
     return output
 
 
@@ -137,7 +143,7 @@ def test_a_notebook_on_runs_at_smoke_scale(name: str, smoke: Path, tmp_path: Pat
         if sweep in RUN:
             arms = len(loaded.arms)
             assert f"{2 * arms} of {arms} arms; seeds 0, 1" in text
-    assert "models/stdlib-250k" in text
+    assert any(source_of(sweep) in text for sweep in set(SWEEPS[name]) & set(RUN))
     for absent in ("not measured", "Nothing can be said yet", "**Missing.**"):
         assert absent not in text
     for cell, following in pairwise(notebook["cells"]):

@@ -64,6 +64,7 @@ def _add_metrics(run: Path, last: float) -> None:
     """What rows of mixtures have besides losses."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     extra = {"train/step_seconds": 0.5, "moe/max_vio": last, "moe/dead_experts": 0.0, "moe/dense_cosine": last / 2}
+    extra["val/mtp_loss"] = 2 * last
     for row in rows:
         if row["step"]:
             row |= extra

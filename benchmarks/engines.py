@@ -85,6 +85,20 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "rope_theta": 1e5, "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0}
 WINDOWS = {"sliding_window": WINDOW, "use_sliding_window": True}
+HYBRID = {
+    "model_type": "nemotron_h",
+    "hybrid_override_pattern": "M-*-M-",
+    "num_hidden_layers": 6,
+    "head_dim": 32,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 32,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "chunk_size": 16,
+    "rope_parameters": None,
+    "time_step_floor": 0.01,  # at which no step is below the published time_step_min, or almost none
+    "time_step_min": 1e-6,
+}
 DENSE: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama tied": {"model_type": "llama", "tie_word_embeddings": True},
@@ -110,11 +124,30 @@ DENSE: dict[str, dict[str, Any]] = {
     "olmo2 tied": {"model_type": "olmo2", "tie_word_embeddings": True},
     "olmo2 biases": {"model_type": "olmo2", "attention_bias": True},
     "gemma2": {"model_type": "gemma2", "head_dim": 32},
+    "nemotron_h": HYBRID,
+    "nemotron_h wide heads": {**HYBRID, "head_dim": 64},
+    "nemotron_h mamba biases": {**HYBRID, "use_bias": True},
+    "nemotron_h no convolution bias": {**HYBRID, "use_conv_bias": False},
+    "nemotron_h short steps": {**HYBRID, "time_step_floor": 1e-4, "time_step_min": 0.001},  # as published
 }
-TOPK = "moe.router_order=topk_softmax"
+TOPK, SIGMOID = "moe.router_order=topk_softmax", "moe.router_order=sigmoid_topk"
 SHARED, SOME = "moe.shared_experts=1", "moe.layers=every_2"
+PART, WHOLE = "moe.shared_neurons=64", "moe.shared_neurons=all"
+LATENT, COMPRESSED = "moe.latent=64", "init.latent=compress"
+AHEAD = "mtp.start=copy"
 UNPADDED = "portable=false"
 EXPORTED = "exported"
+WORDS = {
+    TOPK: "topk_softmax",
+    SIGMOID: "sigmoid_topk",
+    SHARED: "shared",
+    SOME: "every second layer",
+    PART: "shared part",
+    WHOLE: "shared FFN",
+    LATENT: "latent",
+    COMPRESSED: "compressed",
+    AHEAD: "mtp",
+}
 # Dense model and options of `convert`; those of EXPORTED are trained for two steps and exported.
 CASES: list[tuple[str, ...]] = [
     *[("llama", f"target={each}") for each in ("qwen2_moe", "upcycled_moe")],
@@ -168,19 +201,31 @@ CASES: list[tuple[str, ...]] = [
     ("olmo2 tied", "target=flex_olmo"),
     ("olmo2 biases", "target=flex_olmo"),
     ("gemma2", "target=upcycled_moe"),
+    ("nemotron_h", "target=nemotron_h", SIGMOID),
+    ("nemotron_h", "target=nemotron_h", SIGMOID, SHARED),
+    ("nemotron_h", "target=nemotron_h", SIGMOID, PART),
+    ("nemotron_h", "target=nemotron_h", SIGMOID, WHOLE),
+    ("nemotron_h", "target=nemotron_h", SIGMOID, SOME),
+    ("nemotron_h", "target=nemotron_h", SIGMOID, WHOLE, LATENT),
+    ("nemotron_h", "target=upcycled_moe", SIGMOID),
+    ("nemotron_h wide heads", "target=nemotron_h", SIGMOID),
+    ("nemotron_h mamba biases", "target=nemotron_h", SIGMOID),
+    ("nemotron_h no convolution bias", "target=nemotron_h", SIGMOID),
+    ("nemotron_h short steps", "target=nemotron_h", SIGMOID),
     ("llama tied", "target=qwen2_moe", EXPORTED),
     ("llama", "target=mixtral", TOPK, EXPORTED),
     ("qwen3", "target=qwen3_moe", TOPK, EXPORTED),
+    ("nemotron_h", "target=nemotron_h", SIGMOID, AHEAD, EXPORTED),
+    ("nemotron_h", "target=nemotron_h", SIGMOID, LATENT, COMPRESSED, EXPORTED),
 ]
 SHAPE = ("moe.expansion=2", "moe.granularity=2", "moe.top_k=2", "init.router_std=2e-5")
 
 
 def name_of(case: tuple[str, ...]) -> str:
     """Dense model, type, and what is asked for beside it."""
-    dense, target, *asked = (part.rpartition("=")[2] if "." in part or "target" in part else part for part in case)
-    words = {"1": "shared", "every_2": "every second layer"}
-    order = [] if "topk_softmax" in asked else ["softmax_topk"]
-    return " ".join([dense, "->", target, *order, *(words.get(each, each) for each in asked)])
+    dense, target, *asked = case
+    order = [] if {TOPK, SIGMOID} & {*asked} else ["softmax_topk"]
+    return " ".join([dense, "->", target.removeprefix("target="), *order, *(WORDS.get(each, each) for each in asked)])
 
 
 def build(name: str, directory: Path, tokenizer: Path) -> Path:
@@ -260,10 +305,15 @@ def prepared(cases: list[tuple[str, ...]], work: Path) -> Iterator[dict[str, Any
         }
 
 
+def without_places(text: str) -> str:
+    """An error that is the same wherever the engine and the checkpoint lie."""
+    return re.sub(r"(?<![\w.:/])/(?:[\w.-]+/)+", "…/", text)
+
+
 def compared(case: dict[str, Any], stem: Path) -> dict[str, Any]:
     """What an engine did: served exactly, refused, or differs."""
     if stem.with_suffix(".txt").exists():
-        return {"verdict": "refuses", "error": stem.with_suffix(".txt").read_text()[:300]}
+        return {"verdict": "refuses", "error": without_places(stem.with_suffix(".txt").read_text())[:300]}
     found = np.load(stem.with_suffix(".npz"))
     expected = [sequence[PROMPT:] for sequence in case["sequences"]]
     same = (np.array(expected) == found["greedy"]).flatten()

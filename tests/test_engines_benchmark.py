@@ -77,8 +77,9 @@ def test_what_does_not_differs(engines: ModuleType, case: dict[str, Any], tmp_pa
 
 
 def test_what_fails_refuses(engines: ModuleType, case: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "0.txt").write_text("ValueError: no such type")
-    assert engines.compared(case, tmp_path / "0") == {"verdict": "refuses", "error": "ValueError: no such type"}
+    (tmp_path / "0.txt").write_text("ValueError: no such type in /home/me/model.gguf, see https://example.org/a/b")
+    said = "ValueError: no such type in …/model.gguf, see https://example.org/a/b"
+    assert engines.compared(case, tmp_path / "0") == {"verdict": "refuses", "error": said}
 
 
 def test_greedy_tokens_are_those_of_transformers(engines: ModuleType, case: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -45,3 +46,25 @@ def test_they_model_python(name: str) -> None:
         assert float(model(input_ids=ids, labels=ids).loss) < 1.7
     measured = json.loads((directory / "upcycle_manifest.json").read_text())["training"]["summary"]["val/loss"]
     assert f"| val/loss | {measured:,.6g} |" in (directory / "README.md").read_text()
+
+
+def test_time_steps_below_their_least() -> None:
+    """What docs/nemotron.md says of those that transformers alone raises to time_step_min."""
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "models/stdlib-hybrid")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "models/stdlib-hybrid")
+    ids = tokenizer(DEFAULT_TEXT.read_text()[:8192], return_tensors="pt")["input_ids"].reshape(16, 512)
+    mamba = model.model.layers[0].mixer
+    steps: list[torch.Tensor] = []
+
+    def keep(_module: object, _inputs: object, projected_BLR: torch.Tensor) -> None:
+        steps.append(F.softplus(projected_BLR[..., -mamba.num_heads :] + mamba.dt_bias))
+
+    mamba.in_proj.register_forward_hook(keep)
+    with torch.no_grad():
+        raised = model(input_ids=ids, labels=ids)
+        mamba.time_step_limit = (0.0, float("inf"))
+        free = model(input_ids=ids, labels=ids)
+    least = model.config.time_step_min
+    assert 0.05 < float((steps[0] < least).float().mean()) < 0.15
+    assert float(raised.loss) == pytest.approx(float(free.loss), abs=1e-4)
+    assert 0.05 < float((raised.logits.log_softmax(-1) - free.logits.log_softmax(-1)).abs().max()) < 0.2

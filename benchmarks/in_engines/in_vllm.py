@@ -16,6 +16,7 @@ os.environ |= {
 import numpy as np
 import torch
 from cases import TOP, Found, run_cases
+from ungated_experts import give_ungated_experts
 from vllm import LLM, SamplingParams
 
 
@@ -31,6 +32,7 @@ def _filled_with_nan(empty: Any) -> Any:
 
 def measure(case: dict[str, Any]) -> Found:
     torch.empty = _filled_with_nan(torch.empty)
+    give_ungated_experts()
     longest = max(map(len, case["sequences"]))
     model = LLM(
         case["directory"],

@@ -22,7 +22,7 @@ PLAIN = Features(
     tied=False,
     portable=True,
 )
-TOPK = {"router_order": "topk_softmax"}
+TOPK, SIGMOID = {"router_order": "topk_softmax"}, {"router_order": "sigmoid_topk"}
 # type, changes of PLAIN, and what vLLM and llama.cpp do.
 MEASURED = [
     ("qwen2_moe", {}, "exact", "exact"),
@@ -55,7 +55,9 @@ MEASURED = [
     ("olmoe", {}, "exact", "exact"),
     ("olmoe", TOPK, "differs", "differs"),
     ("flex_olmo", {}, "exact", "refuses"),
-    ("nemotron_h", {"router_order": "sigmoid_topk"}, "unmeasured", "unmeasured"),
+    ("nemotron_h", SIGMOID, "exact", "exact"),
+    ("nemotron_h", SIGMOID | {"dense_layers": True, "shared": True}, "exact", "refuses"),
+    ("nemotron_h", SIGMOID | {"usual_mamba_biases": False}, "exact", "refuses"),
     ("upcycled_moe", {}, "refuses", "refuses"),
 ]
 
@@ -75,22 +77,27 @@ def test_every_engine_has_one_line_and_every_rule_its_case() -> None:
         "windows": ("none", "uniform", "mixed"),
         "rope": ("default", "llama3", "dynamic"),
     }
-    every = [
-        Features(**dict(zip(known, each, strict=True)))
-        for each in product(*(values.get(name, (False, True)) for name in known))
-    ]
+    met = set()
+    for model_type in TARGETS:
+        asked = sorted({name for rule in RULES if model_type in rule.types for name in rule.when})
+        for each in product(*(values.get(name, (False, True)) for name in asked)):
+            line = serving(model_type, replace(PLAIN, **dict(zip(asked, each, strict=True))))
+            assert tuple(found.engine for found in line) == ENGINES
+            met |= {(model_type, found.engine, found.why) for found in line}
     for rule in RULES:
         assert rule.when.keys() <= known
         assert set(rule.types) <= set(TARGETS)
-        lines = [serving(model_type, found) for model_type in rule.types for found in every]
-        assert any(each.why == rule.why and each.engine == rule.engine for line in lines for each in line), rule
-        assert all(tuple(each.engine for each in line) == ENGINES for line in lines)
+        assert any((model_type, rule.engine, rule.why) in met for model_type in rule.types), rule
 
 
 def test_the_line_for_a_person() -> None:
     told = [str(each) for each in serving("qwen3_moe", PLAIN)]
     assert told[0] == "vLLM: served exactly"
     assert told[1] == ("llama.cpp: computes something else: it renormalises top-k weights whatever norm_topk_prob says")
+    told = [str(each) for each in serving("nemotron_h", replace(PLAIN, **SIGMOID))]
+    assert told[1] == (
+        "llama.cpp: served exactly: but for time steps below time_step_min, which transformers alone raises to it"
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,6 +107,7 @@ def test_the_line_for_a_person() -> None:
         ("mistral", TOPK, {"windows": "uniform", "heads_fill": False, "router_order": "topk_softmax"}),
         ("qwen2", {"shared_experts": 1}, {"shared": True, "attention_bias": "qkv", "tied": True}),
         ("llama_attention_bias", {"portable": False}, {"attention_bias": "qkvo", "portable": False}),
+        ("nemotron_h_biases", {}, {"usual_mamba_biases": False}),
     ],
 )
 def test_features_of_a_request(name: str, asked: dict[str, object], expected: dict[str, object]) -> None:
@@ -120,6 +128,7 @@ def test_the_type_that_more_engines_serve_is_chosen() -> None:
 
 
 def test_what_is_not_measured_is_not_called_exact() -> None:
-    plan = planned(described("nemotron_h"), router_order="auto")
-    assert plan.target == "nemotron_h"
+    rope = {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 4.0}
+    plan = planned(described("llama", rope_parameters=rope))
+    assert plan.target == "qwen2_moe"
     assert {each.verdict for each in plan.serving} == {"unmeasured"}

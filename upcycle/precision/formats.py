@@ -63,14 +63,14 @@ def stochastic(x: Tensor, format: Format, *, values: torch.Generator) -> Tensor:
     Args:
         x: float32, no NaN.
         format: whose numbers.
-        values: where the random numbers come from.
+        values: where the random numbers come from, on any device: the same ones for all.
 
     Returns:
         float32.
     """
     limited = x.clamp(-format.largest, format.largest)
     step = spacing(limited, format)
-    chance = torch.rand(x.shape, generator=values, device=x.device)
+    chance = torch.rand(x.shape, generator=values, device=values.device).to(x.device)
     return ((limited / step + chance).floor() * step).clamp(-format.largest, format.largest)
 
 

@@ -141,7 +141,7 @@ def test_what_would_not_follow_a_recipe(given: dict[str, int], found: str) -> No
 
 def test_widths_that_do_not_divide() -> None:
     model = models.build("llama", hidden_size=32, intermediate_size=80)
-    with pytest.raises(ConfigError, match=r"\[80, 32\][\s\S]*64 or 96 instead of 80[\s\S]*granularity"):
+    with pytest.raises(ConfigError, match=r"\[80, 32\][\s\S]*64 or 96 instead of 80[\s\S]*sites without ffn"):
         installed(model, "mxfp8")
     installed(model, "fp8_current")
 

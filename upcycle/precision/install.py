@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from upcycle.precision.recipes import Recipe
     from upcycle.precision.sites import Matrices
 
+CUT = "choose moe.granularity so that it is, or "
 PRECISIONS = (FLOAT32, BFLOAT16, *RECIPES)
 _log = logging.getLogger("upcycle")
 
@@ -175,7 +176,7 @@ def _check_widths(each: Matrices, recipe: Recipe) -> None:
                     f"a width of {each.name} is not a multiple of {recipe.alignment}, as {recipe.name} needs it",
                     found=f"{name} {list(weight.shape)}",
                     expected=f"{' or '.join(map(str, near))} instead of {width}",
-                    remedy=f"choose moe.granularity so that it is, or quantise.sites without {each.site}",
+                    remedy=f"{CUT if each.site == 'experts' else ''}choose quantise.sites without {each.site}",
                 )
 
 

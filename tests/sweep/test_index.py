@@ -59,3 +59,19 @@ def test_a_damaged_index_that_is_asked_for(tmp_path: Path, content: str) -> None
         write_index(plan(tmp_path, "egt", 0), tmp_path)
     assert (tmp_path / "egt.json").read_text() == content
     assert read_index(tmp_path, "budget") is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"sweep": "egt", "runs": {}}',
+        '{"sweep": "egt", "runs": [], "question": "", "hypothesis": "", "published": "", "metric": "val/loss"}',
+        '{"sweep": "egt", "runs": {"a": {}}, "question": "", "hypothesis": "", "published": "", "metric": "val/loss"}',
+    ],
+)
+def test_an_index_that_lacks_something_is_said_wherever_it_is_read(tmp_path: Path, content: str) -> None:
+    (tmp_path / "egt.json").write_text(content)
+    with pytest.raises(RecordError, match="the index of the sweep is damaged"):
+        read_indexes(tmp_path)
+    with pytest.raises(RecordError, match="the index of the sweep is damaged"):
+        read_index(tmp_path, "egt")

@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 
 pytest_plugins = ("tiny",)
 SWEEPS = {"egt": ("r1", "r2", "both"), "groups": ("both", "r3", "r4")}
+TEXTS = {"question": "Which?", "hypothesis": "None.", "published": "nothing", "metric": "val/loss"}
 
 
 def index(output: Path, sweep: str, runs: tuple[str, ...]) -> None:
     entries = {name: {"arm": name, "seed": 0, "overrides": []} for name in runs}
-    (output / f"{sweep}.json").write_text(json.dumps({"sweep": sweep, "metric": "val/loss", "runs": entries}))
+    (output / f"{sweep}.json").write_text(json.dumps({"sweep": sweep, **TEXTS, "runs": entries}))
 
 
 def write(output: Path, *names: str, **facts: Any) -> None:

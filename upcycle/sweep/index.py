@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from upcycle.sweep.plan import SweepPlan
 
+TEXTS, OF_RUN = {"question", "hypothesis", "published", "metric"}, {"arm", "seed"}
+
 
 def write_index(plan: SweepPlan, output: Path) -> None:
     """Add the runs of a plan to its sweep's index; earlier ones stay named.
@@ -45,12 +47,7 @@ def read_index(output: Path, name: str) -> dict[str, Any] | None:
         return None
     index = _index(path)
     if index is None:
-        raise RecordError(
-            "the index of the sweep is damaged",
-            found=path,
-            expected="what upcycle train -m +sweeps=NAME wrote",
-            remedy="delete it, and start the sweep again: what has finished is not run again",
-        )
+        raise _damage(path)
     return index
 
 
@@ -68,7 +65,11 @@ def need_index(output: Path, name: str) -> dict[str, Any]:
 
 
 def read_indexes(output: Path) -> dict[str, dict[str, Any]]:
-    """The indexes of all sweeps that were started in a directory, by the sweeps' names; other files are none."""
+    """The indexes of all sweeps that were started in a directory, by the sweeps' names; other files are none.
+
+    Raises:
+        RecordError: one is damaged.
+    """
     contents = [_index(file) for file in sorted(output.glob("*.json"))]
     return {each["sweep"]: each for each in contents if each}
 
@@ -80,12 +81,31 @@ def check_output(output: Path) -> None:
 
 
 def _index(file: Path) -> dict[str, Any] | None:
-    """What a file says, if it is an index."""
+    """What a file says, if it is an index.
+
+    Raises:
+        RecordError: it is one, and lacks something.
+    """
     try:
         content = parse_json(file.read_bytes())
     except (NotJsonError, IsADirectoryError):
         return None
-    return content if isinstance(content, dict) and {"sweep", "runs"} <= content.keys() else None
+    if not isinstance(content, dict) or not {"sweep", "runs"} <= content.keys():
+        return None
+    runs = content["runs"]
+    named = isinstance(runs, dict) and all(isinstance(each, dict) and each.keys() >= OF_RUN for each in runs.values())
+    if not named or not content.keys() >= TEXTS:
+        raise _damage(file)
+    return content
+
+
+def _damage(file: Path) -> RecordError:
+    return RecordError(
+        "the index of the sweep is damaged",
+        found=file,
+        expected="what upcycle train -m +sweeps=NAME wrote",
+        remedy="delete it, and start the sweep again: what has finished is not run again",
+    )
 
 
 def _path(output: Path, name: str) -> Path:

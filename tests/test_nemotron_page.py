@@ -12,6 +12,8 @@ import pytest
 from documents import between, commands
 from published_hybrids import CONFIGS
 
+from upcycle.analysis.prose import interval
+from upcycle.analysis.questions import load_sweep
 from upcycle.cli.app import main
 
 if TYPE_CHECKING:
@@ -46,6 +48,31 @@ def test_the_table_is_what_the_planner_counts(upcycle: Callable[..., Outcome], t
         )
         lines.append(row(name, json.loads(shown.out)))
     assert between(TEXT, "counts").splitlines() == lines, "\n".join(lines)
+
+
+def measured(sweep: str, metric: str, baseline: str, arms: tuple[str, ...]) -> list[str]:
+    """What the committed records say of a sweep's arms: pairs of seeds, the mean difference, and its interval."""
+    loaded = load_sweep(ROOT / "analysis/results/laptop", sweep)
+    lines = [f"| `{metric}` | nats/byte | over {baseline} | 95 % interval | pairs |", "|---|---|---|---|---|"]
+    for number, arm in enumerate(arms):
+        allow = ["source"] if "scratch" in arm else []
+        found = loaded.only(arm, baseline).compare(baseline, metric=metric, allow=allow).iloc[0]
+        if not number:
+            lines.append(f"| {baseline} | {found['baseline']:.4f} | | | |")
+        said = interval(found["percent_low"], found["percent_high"])
+        lines.append(f"| {arm} | {found['value']:.4f} | {found['percent']:+.2f} % | {said} | {found['pairs']} |")
+    return lines
+
+
+def test_upcycled_hybrids_are_as_measured() -> None:
+    arms = ("E8G1T2", "E8G4T8", "E8G4T8, shared third", "E8G4T8, scratch")
+    lines = measured("hybrid", "val/loss", "dense", arms)
+    assert between(TEXT, "hybrid").splitlines() == lines, "\n".join(lines)
+
+
+def test_multi_token_prediction_is_as_measured() -> None:
+    lines = [line for metric in ("val/mtp_loss", "val/loss") for line in measured("mtp", metric, "random", ("copy",))]
+    assert between(TEXT, "mtp").splitlines() == [*lines[:4], "", *lines[4:]], "\n".join(lines)
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := --constraint constraints.txt
 LOWEST := .venv-lowest
-CAMPAIGN := budget egt groups initialization router_order lr_reset balancing
+CAMPAIGN := budget egt groups initialization router_order lr_reset balancing hybrid mtp
 RECIPE := recipe recipe_confirmed
 MEGATRON := megatron-core==0.19.2 megatron-bridge==0.6.2 transformers==5.12.1 tokenizers==0.22.2 \
   huggingface-hub==1.33.0 einops==0.8.1 tensorboard==2.21.0

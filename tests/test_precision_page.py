@@ -56,7 +56,7 @@ def test_the_table_is_the_measured_one() -> None:
 def test_a_small_benchmark(tmp_path: Path) -> None:
     """FP8 is closer to float32 than NVFP4, and a mixture pays what the dense model pays."""
     output = tmp_path / "precision.json"
-    small = [f"--source={ROOT / 'models/stdlib-250k'}", "--tokens=128", f"--work={tmp_path / 'work'}"]
+    small = [f"--source={ROOT / 'models/stdlib-250k'}", "--tokens=256", f"--work={tmp_path / 'work'}"]
     line = [sys.executable, str(ROOT / "benchmarks/precision.py"), *small, f"--output={output}"]
     ran = subprocess.run(line, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr

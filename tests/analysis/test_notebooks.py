@@ -33,7 +33,8 @@ SWEEPS = {name: re.findall(r'load_sweep\(RECORDS, "(\w+)"\)', text) for name, te
 OF_SWEEPS = sorted(name for name, sweeps in SWEEPS.items() if sweeps)
 LARGEST = 500_000  # bytes of a rendered notebook
 QUICK = "initialization_and_scaling"
-RUN = ("layers", "balance_statistics", "budget", "recipe_confirmed", "mtp")  # for real; at least one of each notebook
+# For real; at least one of each notebook.
+RUN = ("layers", "balance_statistics", "egt", "budget", "recipe_confirmed", "mtp")
 
 
 def ending(arm: str, seed: int) -> float:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
+import sys
+
+import pytest
+
+from upcycle.cli import main
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -19,3 +25,19 @@ def commands(text: str) -> list[str]:
 def between(text: str, marker: str) -> str:
     """The text between `<!-- marker -->` and `<!-- end of marker -->`."""
     return text.split(f"<!-- {marker} -->\n")[1].split(f"<!-- end of {marker} -->")[0]
+
+
+def printed_by_commands(text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Run the commands of a text in this process, all of which have to end well; what each printed."""
+    printed = []
+    for line in commands(text):
+        program, *words = shlex.split(line)
+        assert program == "upcycle", line
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "argv", ["upcycle", *words])
+            with pytest.raises(SystemExit) as ended:
+                main()
+        shown = capsys.readouterr()
+        assert not ended.value.code, f"{line}\n{shown.out}\n{shown.err}"
+        printed.append(shown.out)
+    return printed

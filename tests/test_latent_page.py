@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pytest
-from documents import between, commands
+from documents import between, printed_by_commands
 
-from upcycle.cli import main
+if TYPE_CHECKING:
+    import pytest
 
 pytest_plugins = ("text_model",)
 ROOT = Path(__file__).parent.parent
@@ -59,17 +59,7 @@ def test_a_small_benchmark(text_model: Path, tmp_path: Path) -> None:
 def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").symlink_to(ROOT / "models")
-    printed = []
-    for line in commands(TEXT):
-        program, *words = shlex.split(line)
-        assert program == "upcycle", line
-        with monkeypatch.context() as patched:
-            patched.setattr(sys, "argv", ["upcycle", *words])
-            with pytest.raises(SystemExit) as ended:
-                main()
-        shown = capsys.readouterr()
-        assert not ended.value.code, f"{line}\n{shown.out}\n{shown.err}"
-        printed.append(shown.out)
+    printed = printed_by_commands(TEXT, monkeypatch, capsys)
     assert "lossless" in printed[0]
     report = json.loads((tmp_path / "latent-exact/equivalence.json").read_text())
     assert report["moe_loss"] == report["dense_loss"]

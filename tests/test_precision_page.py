@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from documents import between, commands
+from documents import between, printed_by_commands
 
-from upcycle.cli import main
 from upcycle.precision.recipes import RECIPES
 from upcycle.precision.render import operands
 
@@ -71,14 +69,6 @@ def test_a_small_benchmark(tmp_path: Path) -> None:
 def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").symlink_to(ROOT / "models")
-    for line in commands(TEXT):
-        program, *words = shlex.split(line)
-        assert program == "upcycle", line
-        with monkeypatch.context() as patched:
-            patched.setattr(sys, "argv", ["upcycle", *words])
-            with pytest.raises(SystemExit) as ended:
-                main()
-        shown = capsys.readouterr()
-        assert not ended.value.code, f"{line}\n{shown.out}\n{shown.err}"
+    printed_by_commands(TEXT, monkeypatch, capsys)
     rows = [json.loads(line) for line in (tmp_path / "low/metrics.jsonl").read_text().splitlines()]
     assert rows[0]["val/loss"] != rows[0]["val/loss_unquantised"]

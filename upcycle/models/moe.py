@@ -158,8 +158,12 @@ def planned_model(plan: Plan) -> tuple[Any, MoeDescription]:
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(**plan.config)
-    made = {"moe": {"granularity": plan.moe.granularity, "groups": plan.moe.groups}}
-    return config, describe_config(TARGETS[plan.target], config, made)
+    return config, describe_config(TARGETS[plan.target], config, planned_groups(plan))
+
+
+def planned_groups(plan: Plan) -> dict[str, Any]:
+    """What of a manifest a native type's config does not say."""
+    return {"moe": {"granularity": plan.moe.granularity, "groups": plan.moe.groups}}
 
 
 def target_of(fields: Mapping[str, Any]) -> Target | None:

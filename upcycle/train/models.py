@@ -36,7 +36,7 @@ from upcycle.models.load import (
     quietly,
 )
 from upcycle.models.manifest import read_manifest
-from upcycle.models.moe import describe_config, describe_moe, regrouped, target_of
+from upcycle.models.moe import describe_config, describe_moe, planned_groups, regrouped, target_of
 from upcycle.models.padding import without_padding
 from upcycle.models.source import expanded, open_source
 from upcycle.options.config import ConvertConfig
@@ -190,7 +190,7 @@ def _scratch(config: TrainConfig, ranks: Ranks) -> Start:
     head, transformers_config = conversion.source.model.head, _transformers_config(output_config(conversion))
     made = _new_head(config, transformers_config, head)
     model = _random(made or transformers_config, REWARD if made else head, ranks)
-    return _of_conversion(config, conversion, model, _groups(conversion))
+    return _of_conversion(config, conversion, model, planned_groups(conversion.plan))
 
 
 def _from_architecture(config: TrainConfig, architecture: dict[str, Any], ranks: Ranks) -> Start:
@@ -295,11 +295,6 @@ def _of_conversion(
         origin=conversion.source.path,
         manifest=manifest,
     )
-
-
-def _groups(conversion: Conversion) -> dict[str, Any]:
-    """What a native type's config does not say about it."""
-    return {"moe": {"granularity": conversion.plan.moe.granularity, "groups": conversion.plan.moe.groups}}
 
 
 def _transformers_config(fields: dict[str, Any]) -> Any:
